@@ -1,0 +1,57 @@
+#!/bin/sh
+# One disk image on a tmpfs, read by the same guest under Partita and under QEMU with virtio-blk and
+# an iothread, in turn, in one run of the lab. Only the ratios mean anything: under software
+# emulation every exit is dear. Run with
+#   cargo xtask lab --peers --file benches/lab/storage.sh --file benches/lab/storage.guest.sh -- sh /lab/files/storage.sh
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+rounds=${ROUNDS:-2}
+work=/tmp/storage
+mkdir -p $work /lab/out
+cd $work
+head -c 64M /dev/urandom >disk.img
+/lab/bin/with-script "$here/storage.guest.sh" initrd
+
+kvm() { cat /sys/kernel/debug/kvm/$1; }
+
+# Prints what happened on the host's side during each job: exits of the VP in all, and those that
+# went to user space.
+watch_console() {
+    name=
+    while read -r line; do
+        line=$(printf '%s' "$line" | tr -d '\r')
+        case $line in
+        'job: '*)
+            name=${line#job: } exits=$(kvm exits)
+            start=$(date +%s%N)
+            ;;
+        'result: '*) echo "$1 ${line#result: } exits=$(($(kvm exits) - exits))" ;;
+        'interrupts: '* | 'guest: '*) echo "$1 $line" ;;
+        esac
+    done
+}
+
+partita_run() {
+    partita run --stats --kernel /lab/cloud/vmlinuz --initrd initrd --memory 768M --cpus 1 \
+        --cmdline 'console=ttyS0 panic=-1 quiet' --disk path=disk.img </dev/null 2>partita.log
+}
+qemu_run() {
+    qemu-system-x86_64 -enable-kvm -cpu host -m 768 -smp 1 -nodefaults -display none -no-reboot \
+        -kernel /lab/cloud/vmlinuz -initrd initrd -append 'console=ttyS0 panic=-1 quiet' -serial stdio \
+        -object iothread,id=io0 -drive file=disk.img,format=raw,if=none,id=d0 \
+        -device virtio-blk-pci,drive=d0,iothread=io0 </dev/null
+}
+
+for round in $(seq "$rounds"); do
+    for vmm in partita qemu; do
+        faults=$(kvm pf_taken)
+        ${vmm}_run | watch_console "$vmm" | tee -a results
+        echo "$vmm page faults taken by KVM: $(($(kvm pf_taken) - faults))" | tee -a results
+        [ $vmm = qemu ] || sed "s/^/partita: /" partita.log
+    done
+done
+echo
+awk '$2 ~ /^(randread|read)-/ { split($3, i, "="); sum[$2 " " $1] += i[2]; n[$2 " " $1]++ }
+     END { for (job in sum) if (job ~ / partita$/) { name = job; sub(/ .*/, "", name);
+               p = sum[job] / n[job]; q = sum[name " qemu"] / n[name " qemu"];
+               printf "%-18s partita %8.0f I/O/s   qemu virtio-blk %8.0f I/O/s   ratio %.2f\n", name, p, q, p / q } }' results | tee /lab/out/storage.txt

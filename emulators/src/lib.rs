@@ -1,0 +1,29 @@
+//! Emulated legacy devices: what a guest finds at fixed ports before it has found the bus.
+//!
+//! Each is a plain state machine behind [`hypervisor::Device`]; a mutex inside where it has state,
+//! since processors call it at the same time.
+
+mod cmos;
+mod i8042;
+mod pm;
+mod uart;
+
+pub use cmos::Cmos;
+pub use i8042::I8042;
+pub use pm::{PmBlock, ResetRegister, SLEEP_TYPE_S5};
+pub use uart::Uart;
+
+use hypervisor::Device;
+
+/// Ports where writes go nowhere and reads give zero: the POST code at 0x80, whose writes serve as
+/// a delay.
+#[derive(Debug, Default)]
+pub struct Nothing;
+
+impl Device for Nothing {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _: u64, _: &[u8]) {}
+}

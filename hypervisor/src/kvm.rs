@@ -1,0 +1,267 @@
+//! Partitions by KVM with its in-kernel Hyper-V support.
+//!
+//! The interrupt controllers, the PIT, the synthetic timers, the reference TSC page and the SINTs
+//! are the kernel's. What comes out to us are ports, addresses without RAM, the SynIC's pages and
+//! messages.
+
+mod cpuid;
+mod irq;
+mod synic;
+mod vp;
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::Killable;
+
+pub use synic::KvmSynic;
+
+use crate::synic::MessageSink;
+use crate::{
+    BootState, Bus, ExitCounters, GuestMemory, InterruptLine, PartitionError, StopHandle,
+    StopReason, VpIndex, layout,
+};
+
+/// The Hyper-V interface that a partition offers its guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HyperV {
+    /// KVM's own.
+    #[default]
+    Kernel,
+    /// None: a bare PC. For tests on hosts whose KVM has no Hyper-V support.
+    Absent,
+}
+
+/// What a partition is to have.
+#[derive(Clone, Debug)]
+pub struct PartitionConfig {
+    /// Virtual processors.
+    pub vps: u32,
+    /// Its RAM.
+    pub memory: GuestMemory,
+    /// Its Hyper-V interface.
+    pub hyper_v: HyperV,
+}
+
+/// A virtual machine: processors, memory, interrupt controllers, SynIC.
+pub struct Partition {
+    // The processors go first: dropping order is declaration order.
+    vps: Vec<vp::Vp>,
+    vm: Arc<VmFd>,
+    synic: Arc<KvmSynic>,
+    /// KVM's slots refer to its mappings.
+    memory: GuestMemory,
+    stop: StopHandle,
+}
+
+/// Turns an error of KVM into ours.
+fn call<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> PartitionError {
+    move |source| PartitionError::Call { what, source: source.into() }
+}
+
+/// Opens /dev/kvm and sees whether it has what every partition needs.
+pub fn open() -> Result<Kvm, PartitionError> {
+    let kvm = Kvm::new().map_err(|error| match io::Error::from(error) {
+        e if e.kind() == io::ErrorKind::NotFound => PartitionError::NoKvm,
+        e if e.kind() == io::ErrorKind::PermissionDenied => PartitionError::NoPermission,
+        source => PartitionError::Call { what: "cannot open /dev/kvm", source },
+    })?;
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION as i32 {
+        return Err(PartitionError::ApiVersion(version));
+    }
+    Ok(kvm)
+}
+
+/// The first of the capabilities a partition needs that this KVM lacks.
+pub fn lacking(kvm: &Kvm, hyper_v: HyperV) -> Option<&'static str> {
+    use kvm_bindings::*;
+    let common = [
+        (KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY"),
+        (KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP"),
+        (KVM_CAP_IRQ_ROUTING, "KVM_CAP_IRQ_ROUTING"),
+        (KVM_CAP_PIT2, "KVM_CAP_PIT2"),
+        (KVM_CAP_IRQFD, "KVM_CAP_IRQFD"),
+        (KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD"),
+        (KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID"),
+        (KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE"),
+        (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT"),
+    ];
+    let kernel = [
+        (KVM_CAP_HYPERV, "KVM_CAP_HYPERV (is it built with CONFIG_KVM_HYPERV?)"),
+        (KVM_CAP_HYPERV_SYNIC2, "KVM_CAP_HYPERV_SYNIC2"),
+        (KVM_CAP_HYPERV_VP_INDEX, "KVM_CAP_HYPERV_VP_INDEX"),
+        (KVM_CAP_HYPERV_EVENTFD, "KVM_CAP_HYPERV_EVENTFD"),
+    ];
+    let kernel = if hyper_v == HyperV::Kernel { &kernel[..] } else { &[] };
+    common
+        .iter()
+        .chain(kernel)
+        .find(|(capability, _)| kvm.check_extension_raw((*capability).into()) <= 0)
+        .map(|(_, name)| *name)
+}
+
+impl Partition {
+    /// A partition with everything but code to run.
+    pub fn new(config: &PartitionConfig) -> Result<Self, PartitionError> {
+        let kvm = open()?;
+        if let Some(name) = lacking(&kvm, config.hyper_v) {
+            return Err(PartitionError::Lacking(name));
+        }
+        // One byte names a processor in the MADT and in xAPIC mode, and 255 is for all of them.
+        let max = u32::try_from(kvm.get_max_vcpus()).unwrap_or(0).min(254);
+        if !(1..=max).contains(&config.vps) {
+            return Err(PartitionError::VpCount { asked: config.vps, max });
+        }
+
+        let vm = Arc::new(create_vm(&kvm)?);
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
+            .map_err(call("cannot set KVM's identity map"))?;
+        vm.set_tss_address(layout::KVM_TSS.0 as usize).map_err(call("cannot set KVM's TSS"))?;
+        add_memory(&vm, &config.memory)?;
+        vm.create_irq_chip().map_err(call("cannot create the interrupt controllers"))?;
+        // "Speaker dummy" is KVM's name for answering port 0x61, which calibrations poll.
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).map_err(call("cannot create the PIT"))?;
+
+        let stop = StopHandle::default();
+        let synic = Arc::new(KvmSynic::new(&vm, &config.memory, config.vps)?);
+        let mut vps = Vec::new();
+        for index in (0..config.vps).map(VpIndex) {
+            let environment = vp::Environment {
+                index,
+                count: config.vps,
+                hyper_v: config.hyper_v,
+                synic: Arc::clone(&synic),
+                memory: config.memory.clone(),
+                stop: stop.clone(),
+            };
+            vps.push(vp::Vp::new(&kvm, &vm, environment)?);
+        }
+        // After the processors: KVM wants a SINT's processor to exist.
+        let sints = match config.hyper_v {
+            HyperV::Kernel => config.vps,
+            HyperV::Absent => 0,
+        };
+        irq::set_routes(&vm, sints)?;
+        synic.attach_interrupts(sints)?;
+
+        Ok(Self { vps, vm, synic, memory: config.memory.clone(), stop })
+    }
+
+    /// Its RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Its SynIC, as the root side sees it.
+    pub fn synic(&self) -> Arc<KvmSynic> {
+        Arc::clone(&self.synic)
+    }
+
+    /// Stops [`Self::run`]; for devices and other threads.
+    pub fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
+    }
+
+    /// The exits of each processor, in order.
+    pub fn exit_counters(&self) -> Vec<Arc<ExitCounters>> {
+        self.vps.iter().map(vp::Vp::counters).collect()
+    }
+
+    /// A line into the interrupt controllers: 0 to 15 are the PC's IRQs, up to 23 the I/O APIC's.
+    pub fn interrupt_line(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, PartitionError> {
+        Ok(Arc::new(irq::KvmLine::new(&self.vm, gsi)?))
+    }
+
+    /// From now on a guest's write of any value to `port` fires `event` and does not exit.
+    pub fn port_event(&self, port: u16, event: &EventFd) -> Result<(), PartitionError> {
+        self.vm
+            .register_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch)
+            .map_err(call("cannot bind a port to an event"))
+    }
+
+    /// Where the first processor starts; the others wait for it to start them.
+    pub fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
+        match self.vps.first() {
+            Some(vp) => vp.set_boot_state(state),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs the processors, each on a thread of its own, until somebody stops them; then they are
+    /// gone. `sink` takes the guest's messages.
+    pub fn run(
+        &mut self,
+        ports: &Arc<Bus>,
+        mmio: &Arc<Bus>,
+        sink: &Arc<dyn MessageSink>,
+    ) -> StopReason {
+        let mut threads = Vec::new();
+        for vp in self.vps.drain(..) {
+            let name = vp.index().to_string();
+            let buses = vp::Buses { ports: Arc::clone(ports), mmio: Arc::clone(mmio) };
+            let sink = Arc::clone(sink);
+            let spawned =
+                std::thread::Builder::new().name(name).spawn(move || vp.run(&buses, &*sink));
+            match spawned {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    self.stop.stop(StopReason::Error(format!("cannot start a thread: {error}")));
+                    break;
+                }
+            }
+        }
+        let reason = self.stop.wait();
+        stop_all(threads);
+        reason
+    }
+}
+
+/// Gets every processor out of KVM and waits for its thread to end.
+///
+/// Each looks at the stop handle after every exit. The signal makes one that sleeps in KVM, or is
+/// about to enter it, come out ([`vp`] says how none is missed).
+fn stop_all(threads: Vec<JoinHandle<()>>) {
+    for thread in &threads {
+        // It fails only when the thread is gone, which is what we want.
+        let _ = thread.kill(vp::KICK_SIGNAL);
+    }
+    for thread in threads {
+        if thread.join().is_err() {
+            tracing::error!("a virtual processor's thread panicked");
+        }
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, PartitionError> {
+    loop {
+        match kvm.create_vm() {
+            // Creation takes long enough for a signal to come in between.
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(call("cannot create a virtual machine")),
+        }
+    }
+}
+
+#[allow(unsafe_code)] // KVM gets addresses of ours.
+fn add_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), PartitionError> {
+    for (slot, region) in (0..).zip(memory.regions()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.gpa.0,
+            memory_size: region.len,
+            userspace_addr: region.host as u64,
+        };
+        // SAFETY: the range is a mapping that `Partition::memory` keeps as long as the machine.
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(call("cannot give the virtual machine its memory"))?;
+    }
+    Ok(())
+}

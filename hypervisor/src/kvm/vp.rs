@@ -1,0 +1,471 @@
+//! A virtual processor: its state at power-on, and the loop that runs it and answers its exits.
+//!
+//! To get a processor out of KVM, set what it shall see and send its thread [`KICK_SIGNAL`]. The
+//! handler runs on that thread and sets `immediate_exit` in the processor's page, so the signal
+//! works at any time: in KVM it interrupts; before KVM it makes the next entry return at once;
+//! after KVM the loop looks at the stop handle anyway.
+
+#![allow(unsafe_code)] // kvm_run is a union, and the signal handler writes into it by pointer.
+
+use std::cell::Cell;
+use std::io;
+use std::sync::{Arc, Once};
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_TSC_DEADLINE_TIMER,
+    KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_enable_cap, kvm_hyperv_exit,
+    kvm_msr_entry, kvm_run, kvm_segment,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::signal::register_signal_handler;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::cpuid::{self, HostFeatures};
+use super::synic::{KvmSynic, SynicPages};
+use super::{HyperV, call};
+use crate::partition::ExitKind;
+use crate::synic::{ConnectionId, HvStatus, MESSAGE_PAYLOAD, MessageSink};
+use crate::{
+    BootState, Bus, ExitCounters, Gpa, GuestMemory, PAGE_SIZE, PartitionError, StopHandle,
+    StopReason, VpIndex,
+};
+
+/// The signal that gets a processor out of KVM, counted from the first real-time signal.
+pub(super) const KICK_SIGNAL: i32 = 0;
+
+thread_local! {
+    /// The `immediate_exit` of the processor that runs on this thread.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let pointer = IMMEDIATE_EXIT.get();
+    if !pointer.is_null() {
+        // SAFETY: the thread sets the pointer to a byte of a page that it keeps mapped until it
+        // has set it back to null.
+        unsafe { pointer.write_volatile(1) };
+    }
+}
+
+fn install_kick_handler() -> Result<(), PartitionError> {
+    static INSTALL: Once = Once::new();
+    let mut result = Ok(());
+    INSTALL.call_once(|| {
+        let signal = vmm_sys_util::signal::SIGRTMIN() + KICK_SIGNAL;
+        result = register_signal_handler(signal, on_kick);
+    });
+    result.map_err(call("cannot install a signal handler"))
+}
+
+/// What surrounds a processor.
+pub(super) struct Environment {
+    pub(super) index: VpIndex,
+    /// How many processors the partition has.
+    pub(super) count: u32,
+    pub(super) hyper_v: HyperV,
+    pub(super) synic: Arc<KvmSynic>,
+    pub(super) memory: GuestMemory,
+    pub(super) stop: StopHandle,
+}
+
+/// The devices that answer a processor's accesses.
+pub(super) struct Buses {
+    pub(super) ports: Arc<Bus>,
+    pub(super) mmio: Arc<Bus>,
+}
+
+/// A virtual processor that does not run yet, or runs on its own thread.
+pub(super) struct Vp {
+    fd: VcpuFd,
+    environment: Environment,
+    counters: Arc<ExitCounters>,
+}
+
+/// What the loop does after an exit.
+enum Next {
+    Run,
+    Stop(StopReason),
+}
+
+impl Vp {
+    pub(super) fn new(
+        kvm: &Kvm,
+        vm: &VmFd,
+        environment: Environment,
+    ) -> Result<Self, PartitionError> {
+        install_kick_handler()?;
+        let fd = vm
+            .create_vcpu(environment.index.0.into())
+            .map_err(call("cannot create a virtual processor"))?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("cannot ask KVM for its CPUID"))?;
+        let host = HostFeatures {
+            tsc_deadline: kvm.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0,
+            direct_timers: host_has_direct_timers(kvm),
+        };
+        let Environment { index, count, hyper_v, .. } = environment;
+        let leaves = cpuid::build(&supported, index, count, host, hyper_v);
+        let table = CpuId::from_entries(&leaves).map_err(|_| PartitionError::Call {
+            what: "cannot describe a virtual processor",
+            source: io::Error::from_raw_os_error(libc::E2BIG),
+        })?;
+        fd.set_cpuid2(&table).map_err(call("cannot set a virtual processor's CPUID"))?;
+        if hyper_v == HyperV::Kernel {
+            let capability = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
+            fd.enable_cap(&capability).map_err(call("cannot enable KVM's SynIC"))?;
+        }
+        let vp = Self { fd, environment, counters: Arc::default() };
+        vp.set_power_on_state()?;
+        Ok(vp)
+    }
+
+    pub(super) fn index(&self) -> VpIndex {
+        self.environment.index
+    }
+
+    pub(super) fn counters(&self) -> Arc<ExitCounters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// What a PC's firmware leaves behind, beyond KVM's reset state: interrupts of the PICs come
+    /// in by LINT0, NMIs by LINT1; memory is write-back.
+    fn set_power_on_state(&self) -> Result<(), PartitionError> {
+        // The entries of the local vector table, and their delivery modes (SDM volume 3, 11.5.1).
+        const LVT_LINT0: usize = 0x350;
+        const LVT_LINT1: usize = 0x360;
+        const MODE_NMI: u32 = 4;
+        const MODE_EXTINT: u32 = 7;
+
+        let mut lapic = self.fd.get_lapic().map_err(call("cannot read a local APIC"))?;
+        for (register, mode) in [(LVT_LINT0, MODE_EXTINT), (LVT_LINT1, MODE_NMI)] {
+            for (target, byte) in lapic.regs[register..].iter_mut().zip((mode << 8).to_le_bytes()) {
+                *target = byte as _;
+            }
+        }
+        self.fd.set_lapic(&lapic).map_err(call("cannot set a local APIC"))?;
+
+        const MTRR_DEF_TYPE: u32 = 0x2ff;
+        const MISC_ENABLE: u32 = 0x1a0;
+        let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+        // MTRRs on, default type write-back; fast string operations on.
+        let msrs = Msrs::from_entries(&[msr(MTRR_DEF_TYPE, 1 << 11 | 6), msr(MISC_ENABLE, 1)])
+            .expect("two entries fit");
+        self.fd.set_msrs(&msrs).map_err(call("cannot set a processor's registers"))?;
+        Ok(())
+    }
+
+    pub(super) fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
+        const CR0_PE: u64 = 1;
+        const CR0_PG: u64 = 1 << 31;
+        const CR4_PAE: u64 = 1 << 5;
+        const EFER_LME: u64 = 1 << 8;
+        const EFER_LMA: u64 = 1 << 10;
+
+        let what = "cannot set a processor's first state";
+        let mut special = self.fd.get_sregs().map_err(call(what))?;
+        special.cr0 |= CR0_PE | CR0_PG;
+        special.cr3 = state.page_table.0;
+        special.cr4 |= CR4_PAE;
+        special.efer |= EFER_LME | EFER_LMA;
+        special.gdt.base = state.gdt.0;
+        special.gdt.limit = state.gdt_limit;
+        let flat = kvm_segment {
+            base: 0,
+            limit: 0xffff_ffff,
+            present: 1,
+            s: 1,
+            g: 1,
+            ..Default::default()
+        };
+        // Type 11 is code to execute and read, 3 is data to read and write; both accessed.
+        special.cs = kvm_segment { selector: state.code_selector, type_: 11, l: 1, ..flat };
+        let data = kvm_segment { selector: state.data_selector, type_: 3, db: 1, ..flat };
+        (special.ds, special.es, special.ss) = (data, data, data);
+        (special.fs, special.gs) = (data, data);
+        self.fd.set_sregs(&special).map_err(call(what))?;
+
+        let mut general = self.fd.get_regs().map_err(call(what))?;
+        general.rip = state.entry.0;
+        general.rsi = state.argument;
+        general.rsp = state.stack.0;
+        general.rbp = state.stack.0;
+        general.rflags = 2; // the bit that is always one
+        self.fd.set_regs(&general).map_err(call(what))
+    }
+
+    /// Runs until somebody stops the partition.
+    pub(super) fn run(mut self, buses: &Buses, sink: &dyn MessageSink) {
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        while !self.environment.stop.is_stopping() {
+            if let Next::Stop(reason) = self.step(buses, sink) {
+                self.environment.stop.stop(reason);
+            }
+        }
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+    }
+
+    /// Lets the guest run until its next exit, and answers that.
+    fn step(&mut self, buses: &Buses, sink: &dyn MessageSink) -> Next {
+        let counters = &self.counters;
+        // The page stays where it is; what an exit does not carry is read from it by pointer.
+        let run: *const kvm_run = self.fd.get_kvm_run();
+        match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                counters.count(ExitKind::PortRead);
+                for unit in data.chunks_exact_mut(port_width(run)) {
+                    buses.ports.read(port.into(), unit);
+                }
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                counters.count(ExitKind::PortWrite);
+                for unit in data.chunks_exact(port_width(run)) {
+                    buses.ports.write(port.into(), unit);
+                }
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                counters.count(ExitKind::MmioRead);
+                buses.mmio.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                counters.count(ExitKind::MmioWrite);
+                buses.mmio.write(address, data);
+            }
+            Ok(VcpuExit::Hyperv) => self.hyper_v_exit(sink),
+            Ok(VcpuExit::SystemEvent(kind, _)) => {
+                counters.count(ExitKind::SystemEvent);
+                return self.system_event(kind);
+            }
+            Ok(VcpuExit::Shutdown) => {
+                counters.count(ExitKind::Other);
+                return Next::Stop(StopReason::TripleFault);
+            }
+            Ok(VcpuExit::Intr) => counters.count(ExitKind::Kick),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return self.fail(&format!("the host cannot enter the guest, reason {reason:#x}"));
+            }
+            Ok(VcpuExit::InternalError) => {
+                let suberror = internal_suberror(run);
+                return self.fail(&format!("KVM cannot go on, internal error {suberror}"));
+            }
+            Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
+                return self.fail(&format!("the host has no memory at {gpa:#x}, {size} bytes"));
+            }
+            Ok(exit) => {
+                let what = format!("KVM made an exit that nobody asked for: {exit:?}");
+                return self.fail(&what);
+            }
+            Err(error) => match error.errno() {
+                libc::EINTR => {
+                    counters.count(ExitKind::Kick);
+                    self.fd.set_kvm_immediate_exit(0);
+                }
+                // A processor that was not started yet has been, or a signal came in between.
+                libc::EAGAIN => {}
+                _ => return self.fail(&format!("KVM_RUN failed: {error}")),
+            },
+        }
+        Next::Run
+    }
+
+    fn hyper_v_exit(&mut self, sink: &dyn MessageSink) {
+        let environment = &self.environment;
+        let counters = &self.counters;
+        // SAFETY: the exit reason was KVM_EXIT_HYPERV, so this is the member in use.
+        let exit: &mut kvm_hyperv_exit =
+            unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.hyperv };
+        match exit.type_ {
+            KVM_EXIT_HYPERV_SYNIC => {
+                counters.count(ExitKind::Synic);
+                // SAFETY: the type says that this is the member in use.
+                let synic = unsafe { exit.u.synic };
+                let pages = SynicPages { message_page: synic.msg_page, event_page: synic.evt_page };
+                environment.synic.set_pages(environment.index, pages);
+            }
+            KVM_EXIT_HYPERV_HCALL => {
+                // SAFETY: the type says that this is the member in use.
+                let call = unsafe { &mut exit.u.hcall };
+                let call_in = Hypercall { control: call.input, input: call.params[0] };
+                let (kind, status) = call_in.serve(&environment.memory, sink);
+                counters.count(kind);
+                call.result = status.0.into();
+            }
+            _ => counters.count(ExitKind::Other),
+        }
+    }
+
+    fn system_event(&self, kind: u32) -> Next {
+        match kind {
+            KVM_SYSTEM_EVENT_SHUTDOWN => Next::Stop(StopReason::PowerOff),
+            KVM_SYSTEM_EVENT_RESET => Next::Stop(StopReason::Reset),
+            KVM_SYSTEM_EVENT_CRASH => {
+                self.report_crash();
+                Next::Run // the guest says what comes next: a reset, or standing still
+            }
+            other => self.fail(&format!("KVM reports system event {other}")),
+        }
+    }
+
+    /// One line with what the guest left in its crash registers. A guest can do this as often as
+    /// it likes, so only its first is worth a line.
+    fn report_crash(&self) {
+        // HV_X64_MSR_CRASH_P0 and the four after it (TLFS, "Partition crash enlightenment").
+        const CRASH_P0: u32 = 0x4000_0100;
+        if self.counters.get(ExitKind::SystemEvent) > 1 {
+            return;
+        }
+        let entries =
+            [0, 1, 2, 3, 4].map(|n| kvm_msr_entry { index: CRASH_P0 + n, ..Default::default() });
+        let mut msrs = Msrs::from_entries(&entries).expect("five entries fit");
+        let read = self.fd.get_msrs(&mut msrs).unwrap_or(0);
+        let values: Vec<_> =
+            msrs.as_slice().iter().take(read).map(|msr| format!("{:#x}", msr.data)).collect();
+        tracing::warn!(vp = self.index().0, parameters = values.join(" "), "the guest has crashed");
+    }
+
+    /// Ends the run with a line that says where the processor was.
+    fn fail(&self, what: &str) -> Next {
+        let place = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(general), Ok(special)) => format!(
+                "rip {:#x}, rsp {:#x}, rflags {:#x}, cr0 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x}",
+                general.rip,
+                general.rsp,
+                general.rflags,
+                special.cr0,
+                special.cr3,
+                special.cr4,
+                special.efer
+            ),
+            _ => "registers unknown".to_owned(),
+        };
+        Next::Stop(StopReason::Error(format!("{}: {what} ({place})", self.index())))
+    }
+}
+
+/// Bytes per access of the port exit that `run` holds. KVM may hand over several of a string
+/// instruction at once.
+fn port_width(run: *const kvm_run) -> usize {
+    // SAFETY: the page is mapped as long as the processor lives, and this member is in use after
+    // a port exit; the kernel wrote it before the exit.
+    let width = unsafe { (*run).__bindgen_anon_1.io.size };
+    usize::from(width).max(1)
+}
+
+fn internal_suberror(run: *const kvm_run) -> u32 {
+    // SAFETY: as in `port_width`, after an internal error.
+    unsafe { (*run).__bindgen_anon_1.internal.suberror }
+}
+
+/// Whether the host's KVM has synthetic timers with direct interrupts.
+fn host_has_direct_timers(kvm: &Kvm) -> bool {
+    // They came with Linux 5.1, before KVM_CAP_HYPERV_CPUID's leaves could be asked of the system
+    // (5.11), which is what this looks for; every kernel since has both.
+    kvm.check_extension_raw(KVM_CAP_SYS_HYPERV_CPUID.into()) > 0
+}
+
+/// A hypercall that KVM leaves to us.
+struct Hypercall {
+    /// RCX: code in bits 0 to 15, fast in bit 16 (TLFS, "Hypercall inputs").
+    control: u64,
+    /// The address of the input; for *signal event* the connection, whichever form the guest used.
+    input: u64,
+}
+
+/// The input of *post message*, `HvCallPostMessage`.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct PostMessageInput {
+    connection: u32,
+    reserved: u32,
+    message_type: u32,
+    payload_size: u32,
+    payload: [u8; MESSAGE_PAYLOAD],
+}
+
+const _: () = assert!(size_of::<PostMessageInput>() == 256);
+
+impl Hypercall {
+    const POST_MESSAGE: u64 = 0x5c;
+    const SIGNAL_EVENT: u64 = 0x5d;
+    const FAST: u64 = 1 << 16;
+
+    fn serve(&self, memory: &GuestMemory, sink: &dyn MessageSink) -> (ExitKind, HvStatus) {
+        match self.control & 0xffff {
+            Self::POST_MESSAGE => (ExitKind::PostMessage, self.post_message(memory, sink)),
+            // Bound connections never come here.
+            Self::SIGNAL_EVENT => (ExitKind::SignalEvent, HvStatus::INVALID_CONNECTION_ID),
+            _ => (ExitKind::Other, HvStatus::INVALID_HYPERCALL_CODE),
+        }
+    }
+
+    fn post_message(&self, memory: &GuestMemory, sink: &dyn MessageSink) -> HvStatus {
+        const INPUT: usize = size_of::<PostMessageInput>();
+        let offset = (self.input % PAGE_SIZE as u64) as usize;
+        if self.control & Self::FAST != 0 {
+            return HvStatus::INVALID_HYPERCALL_INPUT;
+        }
+        if !self.input.is_multiple_of(8) || offset > PAGE_SIZE - INPUT {
+            return HvStatus::INVALID_ALIGNMENT;
+        }
+        // One copy, which the guest cannot change any more.
+        let Ok(input) = memory.read_obj::<PostMessageInput>(Gpa(self.input)) else {
+            return HvStatus::INVALID_ALIGNMENT;
+        };
+        let payload =
+            usize::try_from(input.payload_size).ok().and_then(|size| input.payload.get(..size));
+        match payload {
+            Some(payload) => {
+                sink.post(ConnectionId::new(input.connection), input.message_type, payload)
+            }
+            None => HvStatus::INVALID_PARAMETER,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Sink(Mutex<Vec<(u32, u32, Vec<u8>)>>);
+
+    impl MessageSink for Sink {
+        fn post(&self, connection: ConnectionId, message_type: u32, payload: &[u8]) -> HvStatus {
+            self.0.lock().unwrap().push((connection.get(), message_type, payload.to_vec()));
+            HvStatus::SUCCESS
+        }
+    }
+
+    fn post(memory: &GuestMemory, sink: &Sink, control: u64, input: u64) -> HvStatus {
+        Hypercall { control, input }.serve(memory, sink).1
+    }
+
+    #[test]
+    fn a_posted_message_is_read_once_and_checked() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        let sink = Sink::default();
+        let mut input = PostMessageInput::new_zeroed();
+        (input.connection, input.message_type, input.payload_size) = (0xff00_0004, 1, 3);
+        input.payload[..3].copy_from_slice(b"abc");
+        memory.write_obj(Gpa(0x2f00), &input).unwrap();
+
+        assert_eq!(post(&memory, &sink, 0x5c, 0x2f00), HvStatus::SUCCESS);
+        assert_eq!(*sink.0.lock().unwrap(), [(4, 1, b"abc".to_vec())]);
+
+        assert_eq!(post(&memory, &sink, 0x5c, 0x2f08), HvStatus::INVALID_ALIGNMENT);
+        assert_eq!(post(&memory, &sink, 0x5c, 0x2e04), HvStatus::INVALID_ALIGNMENT);
+        assert_eq!(post(&memory, &sink, 0x5c, 1 << 30), HvStatus::INVALID_ALIGNMENT);
+        assert_eq!(post(&memory, &sink, 0x5c, u64::MAX - 7), HvStatus::INVALID_ALIGNMENT);
+        assert_eq!(post(&memory, &sink, 0x1_005c, 0x2f00), HvStatus::INVALID_HYPERCALL_INPUT);
+        assert_eq!(post(&memory, &sink, 0x1_005d, 7), HvStatus::INVALID_CONNECTION_ID);
+        assert_eq!(post(&memory, &sink, 0x46, 7), HvStatus::INVALID_HYPERCALL_CODE);
+
+        input.payload_size = 241;
+        memory.write_obj(Gpa(0x2f00), &input).unwrap();
+        assert_eq!(post(&memory, &sink, 0x5c, 0x2f00), HvStatus::INVALID_PARAMETER);
+        assert_eq!(sink.0.lock().unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,17 @@
+//! The thin hypervisor: partitions, virtual processors, guest memory, intercepts and the SynIC.
+//! No device, no driver and no file format lives here.
+
+mod intercept;
+pub mod kvm;
+pub mod layout;
+pub mod memory;
+pub mod partition;
+pub mod synic;
+mod types;
+
+pub use intercept::{Bus, BusError, Claim, Device};
+pub use memory::{GuestMemory, MemoryError, PageMapping};
+pub use partition::{
+    BootState, ExitCounters, ExitKind, InterruptLine, PartitionError, StopHandle, StopReason,
+};
+pub use types::{Gpa, Gpn, PAGE_SIZE, VpIndex};

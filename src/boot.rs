@@ -1,0 +1,19 @@
+//! Starting Linux directly, without firmware: the kernel, its initrd and its parameters go into
+//! guest memory, with the tables that a BIOS would have left there.
+//!
+//! ```text
+//!     0x500  global descriptor table
+//!    0x7000  boot parameters ("zero page")
+//!    0x8ff0  stack
+//!    0x9000  page tables that map the first 4 GiB to themselves, 24 KiB
+//!   0x20000  command line, up to 64 KiB
+//!   0x9fc00  end of conventional memory
+//!   0xe0000  ACPI tables
+//!  0x100000  RAM goes on: the kernel where it wants to be, the initrd at the end
+//! ```
+
+mod acpi;
+mod linux;
+mod long_mode;
+
+pub use linux::{BootError, LinuxBoot};

@@ -1,0 +1,246 @@
+//! The ACPI tables of the machine (ACPI specification 6.5).
+//!
+//! Fixed hardware is what [`emulators::PmBlock`] has. There is no `\_S4`: with it, Linux's
+//! hv_balloon driver believes that the guest may hibernate, and does nothing.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, Path,
+    ResourceTemplate, Scope,
+};
+use acpi_tables::facs::FACS;
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use emulators::{Cmos, PmBlock, ResetRegister, SLEEP_TYPE_S5, Uart};
+use hypervisor::{Gpa, GuestMemory, MemoryError, layout};
+
+/// Where a BIOS would have them, and where guests look when nobody tells them.
+const TABLES: Gpa = Gpa(0xe_0000);
+/// Up to the end of the BIOS area.
+const TABLES_SIZE: usize = 0x2_0000;
+
+const OEM_ID: [u8; 6] = *b"PARTIT";
+const OEM_TABLE_ID: [u8; 8] = *b"PARTITA ";
+const OEM_REVISION: u32 = 1;
+
+/// Writes the tables for `vps` processors. Returns where the root pointer is.
+pub(super) fn write(memory: &GuestMemory, vps: u32) -> Result<Gpa, MemoryError> {
+    let tables = build(vps);
+    debug_assert!(tables.len() <= TABLES_SIZE);
+    memory.write(TABLES, &tables)?;
+    Ok(TABLES)
+}
+
+/// All tables as they lie at [`TABLES`], the root pointer first.
+fn build(vps: u32) -> Vec<u8> {
+    // Tables name each other by address, so each is placed before those that name it.
+    let mut image = vec![0; Rsdp::len()];
+    let mut place = |table: &[u8]| {
+        image.resize(image.len().next_multiple_of(64), 0); // the FACS wants this alignment
+        let address = TABLES.0 + image.len() as u64;
+        image.extend_from_slice(table);
+        address
+    };
+    let facs = place(&bytes(&FACS::new()));
+    let dsdt = place(dsdt().as_slice());
+    let fadt = place(&fadt(facs, dsdt));
+    let madt = place(madt(vps).as_slice());
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = place(&bytes(&xsdt));
+    let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
+    image[..rsdp.len()].copy_from_slice(&rsdp);
+    image
+}
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn table(signature: [u8; 4], revision: u8) -> Sdt {
+    const HEADER: u32 = 36;
+    Sdt::new(signature, HEADER, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+}
+
+/// The fixed hardware, and what a guest need not look for.
+fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
+    // IA-PC boot architecture flags: there are ISA devices, and no VGA. The bit for a keyboard
+    // controller stays clear, so that nobody looks for a keyboard; its reset works all the same.
+    const LEGACY_DEVICES: u16 = 1;
+    const NO_VGA: u16 = 1 << 2;
+
+    let port = |offset: u16| PmBlock::PORT + offset;
+    let register = |offset: u16, bits: u8, access: AccessSize| {
+        GAS::new(GasSpace::SystemIo, bits, 0, access, port(offset).into())
+    };
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::SlpButton) // no fixed sleep button
+        .flag(Flags::TmrValExt) // the timer has 32 bits
+        .flag(Flags::ResetRegSup);
+    fadt.firmware_ctrl = (facs as u32).into();
+    fadt.dsdt = (dsdt as u32).into();
+    fadt.x_dsdt = dsdt.into();
+    fadt.sci_int = u16::from(PmBlock::SCI).into();
+    fadt.pm1a_evt_blk = u32::from(port(PmBlock::EVENT)).into();
+    fadt.pm1a_cnt_blk = u32::from(port(PmBlock::CONTROL)).into();
+    fadt.pm_tmr_blk = u32::from(port(PmBlock::TIMER)).into();
+    fadt.x_pm1a_evt_blk = register(PmBlock::EVENT, 32, AccessSize::WordAccess);
+    fadt.x_pm1a_cnt_blk = register(PmBlock::CONTROL, 16, AccessSize::WordAccess);
+    fadt.x_pm_tmr_blk = register(PmBlock::TIMER, 32, AccessSize::DwordAccess);
+    (fadt.pm1_evt_len, fadt.pm1_cnt_len, fadt.pm_tmr_len) = (4, 2, 4);
+    // Latencies this large say that there are no such processor states.
+    (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (0xfff.into(), 0xffff.into());
+    fadt.century = Cmos::CENTURY;
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA).into();
+    fadt.reset_reg =
+        GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, ResetRegister::PORT.into());
+    fadt.reset_value = ResetRegister::VALUE;
+    bytes(&fadt.finalize())
+}
+
+/// The interrupt controllers.
+fn madt(vps: u32) -> Sdt {
+    const HAS_PICS: u32 = 1;
+    const ENABLED: u32 = 1;
+    const ALL_PROCESSORS: u8 = 0xff;
+    const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
+
+    let mut madt = table(*b"APIC", 5);
+    madt.append(layout::LOCAL_APIC.0 as u32);
+    madt.append(HAS_PICS);
+    for vp in 0..vps {
+        madt.append_slice(&[0, 8, vp as u8, vp as u8]);
+        madt.append(ENABLED);
+    }
+    madt.append_slice(&[1, 12, 0, 0]);
+    madt.append(layout::IOAPIC.0 as u32);
+    madt.append(0_u32); // its first interrupt
+    // The SCI is not an edge like the other ISA interrupts.
+    madt.append_slice(&[2, 10, 0, PmBlock::SCI]);
+    madt.append(u32::from(PmBlock::SCI));
+    madt.append(ACTIVE_HIGH_LEVEL);
+    // NMIs come in by LINT1.
+    madt.append_slice(&[4, 6, ALL_PROCESSORS, 0, 0, 1]);
+    madt
+}
+
+/// The devices: the VMBus, and COM1.
+fn dsdt() -> Sdt {
+    let mut dsdt = table(*b"DSDT", 2);
+    let mut add = |term: &dyn Aml| dsdt.append_slice(&bytes(term));
+
+    let soft_off = Package::new(vec![&SLEEP_TYPE_S5, &SLEEP_TYPE_S5, &0_u8, &0_u8]);
+    add(&Name::new(Path::new("_S5_"), &soft_off));
+
+    let hid = Name::new("_HID".into(), &"VMBus");
+    let uid = Name::new("_UID".into(), &0_u8);
+    let ddn = Name::new("_DDN".into(), &"VMBUS");
+    let status = Name::new("_STA".into(), &0xf_u8);
+    let (first, size) = (layout::VMBUS_MMIO_START.0 as u32, layout::VMBUS_MMIO_SIZE as u32);
+    let window = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        first,
+        first + (size - 1),
+        None,
+    );
+    let resources = ResourceTemplate::new(vec![&window]);
+    let resources = Name::new("_CRS".into(), &resources);
+    let vmbus = Device::new("VMB8".into(), vec![&hid, &uid, &ddn, &status, &resources]);
+
+    let com1_hid = Name::new("_HID".into(), &EISAName::new("PNP0501"));
+    let com1_uid = Name::new("_UID".into(), &1_u8);
+    let ports = IO::new(Uart::COM1, Uart::COM1, 1, Uart::PORTS as u8);
+    let interrupt = Interrupt::new(true, true, false, false, Uart::COM1_IRQ.into());
+    let com1_resources = ResourceTemplate::new(vec![&ports, &interrupt]);
+    let com1_resources = Name::new("_CRS".into(), &com1_resources);
+    let com1 = Device::new("COM1".into(), vec![&com1_hid, &com1_uid, &com1_resources]);
+
+    add(&Scope::new("_SB_".into(), vec![&vmbus, &com1]));
+    dsdt
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(image: &[u8], offset: usize) -> u32 {
+        u32::from_le_bytes(image[offset..offset + 4].try_into().unwrap())
+    }
+
+    fn at(image: &[u8], address: u64) -> &[u8] {
+        let start = (address - TABLES.0) as usize;
+        let len = word(image, start + 4) as usize;
+        &image[start..start + len]
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    /// The tables that the root names, in order.
+    fn tables(image: &[u8]) -> Vec<&[u8]> {
+        assert_eq!(image[..8], *b"RSD PTR ");
+        assert_eq!(sum(&image[..20]), 0);
+        assert_eq!(sum(&image[..36]), 0);
+        let xsdt = at(image, u64::from_le_bytes(image[24..32].try_into().unwrap()));
+        assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+        xsdt[36..]
+            .chunks_exact(8)
+            .map(|address| at(image, u64::from_le_bytes(address.try_into().unwrap())))
+            .collect()
+    }
+
+    #[test]
+    fn every_table_is_found_and_adds_up() {
+        let image = build(3);
+        assert!(image.len() <= TABLES_SIZE);
+        let tables = tables(&image);
+        let signatures: Vec<_> = tables.iter().map(|table| &table[..4]).collect();
+        assert_eq!(signatures, [b"FACP", b"APIC"]);
+        assert!(tables.iter().all(|table| sum(table) == 0));
+
+        let fadt = tables[0];
+        let facs = at(&image, word(fadt, 36).into());
+        assert_eq!((&facs[..4], word(fadt, 36) % 64), (&b"FACS"[..], 0));
+        let dsdt = at(&image, word(fadt, 40).into());
+        assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
+    }
+
+    #[test]
+    fn the_madt_lists_every_processor() {
+        for vps in [1, 2, 254] {
+            let image = build(vps);
+            let madt = tables(&image)[1];
+            let mut entries = &madt[44..];
+            let mut processors = Vec::new();
+            let mut kinds = Vec::new();
+            while !entries.is_empty() {
+                let (entry, rest) = entries.split_at(entries[1].into());
+                match entry[0] {
+                    0 => processors.push(u32::from(entry[3])),
+                    kind => kinds.push(kind),
+                }
+                entries = rest;
+            }
+            assert_eq!(processors, (0..vps).collect::<Vec<_>>());
+            assert_eq!(kinds, [1, 2, 4]);
+        }
+    }
+
+    #[test]
+    fn the_dsdt_names_the_vmbus_and_no_hibernation() {
+        let dsdt = dsdt();
+        let has = |name: &[u8]| dsdt.as_slice().windows(name.len()).any(|window| window == name);
+        assert!(has(b"VMBus\0"));
+        assert!(has(b"_S5_"));
+        assert!(!has(b"_S4_"));
+    }
+}

@@ -1,0 +1,281 @@
+//! The Linux boot protocol, 64-bit entry (Documentation/arch/x86/boot.rst in the kernel's source).
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use hypervisor::{BootState, Gpa, GuestMemory, MemoryError, PAGE_SIZE, layout};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
+
+use super::{acpi, long_mode};
+
+/// Boot parameters.
+const ZERO_PAGE: Gpa = Gpa(0x7000);
+const COMMAND_LINE: Gpa = Gpa(0x2_0000);
+/// Bytes of command line there is room for, the final zero included.
+const COMMAND_LINE_ROOM: usize = 0x1_0000;
+/// Conventional memory ends here; PCs keep an "extended BIOS data area" behind it.
+const LOW_MEMORY_END: u64 = 0x9_fc00;
+const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// The types of memory in the table that the BIOS call e820 gave.
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+
+/// "HdrS", which marks a setup header.
+const HEADER_MAGIC: u32 = 0x5372_6448;
+/// Boot flag at the end of what was once a boot sector.
+const BOOT_FLAG: u16 = 0xaa55;
+/// A boot loader that has no number.
+const LOADER_UNDEFINED: u8 = 0xff;
+/// The kernel has a 64-bit entry 0x200 after its start (in `xloadflags`).
+const XLF_KERNEL_64: u16 = 1;
+const ENTRY_64: u64 = 0x200;
+
+/// The largest initrd address for kernels that do not say: ELF images.
+const INITRD_MAX: u64 = 0x7fff_ffff;
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct LinuxBoot<'a> {
+    /// A bzImage, or an ELF vmlinux.
+    pub kernel: &'a Path,
+    /// The initial RAM file system.
+    pub initrd: Option<&'a Path>,
+    /// The kernel's command line.
+    pub command_line: &'a str,
+    /// How many processors the ACPI tables list.
+    pub vps: u32,
+}
+
+/// Why a guest cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not a kernel, or not one for 64 bits.
+    #[error("{}: {problem}; a 64-bit Linux bzImage or ELF vmlinux is needed", path.display())]
+    NoKernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The memory is too small for what should go into it.
+    #[error("{needed} MiB of memory are needed for {what}, the guest has {available} MiB")]
+    TooSmall {
+        /// What does not fit.
+        what: String,
+        /// MiB it would take.
+        needed: u64,
+        /// MiB there are.
+        available: u64,
+    },
+    /// The command line is longer than the kernel takes.
+    #[error("the command line is {length} bytes long, this kernel takes {limit}")]
+    CommandLine {
+        /// Its length.
+        length: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The command line holds a zero byte.
+    #[error("the command line holds a zero byte")]
+    CommandLineZero,
+    /// No memory where tables should go.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+fn mib(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
+}
+
+impl LinuxBoot<'_> {
+    /// Puts everything into `memory`, and says where the first processor starts.
+    pub fn load(&self, memory: &GuestMemory) -> Result<BootState, BootError> {
+        let low_end = memory.size().min(layout::HOLE_START.0);
+        let kernel = self.load_kernel(memory, low_end)?;
+        let mut header = kernel.header;
+        self.load_command_line(memory, &mut header)?;
+        if let Some(path) = self.initrd {
+            let (start, len) = load_initrd(memory, path, &header, kernel.end, low_end)?;
+            header.ramdisk_image = start as u32;
+            header.ramdisk_size = len as u32;
+        }
+        let rsdp = acpi::write(memory, self.vps)?;
+
+        let mut parameters = boot_params { hdr: header, ..Default::default() };
+        parameters.acpi_rsdp_addr = rsdp.0;
+        describe_memory(&mut parameters, memory);
+        memory.write(ZERO_PAGE, parameters.as_slice())?;
+        Ok(long_mode::prepare(memory, kernel.entry, ZERO_PAGE.0)?)
+    }
+
+    fn load_kernel(&self, memory: &GuestMemory, low_end: u64) -> Result<Kernel, BootError> {
+        let path = self.kernel;
+        let read_error = |source| BootError::Read { path: path.to_owned(), source };
+        let no_kernel = |problem| BootError::NoKernel { path: path.to_owned(), problem };
+        let too_small = |end: u64| BootError::TooSmall {
+            what: format!("the kernel {}", path.display()),
+            needed: mib(end),
+            available: mib(memory.size()),
+        };
+
+        let mut file = open(path)?;
+        let size = file.metadata().map_err(read_error)?.len();
+        let mut magic = [0; 4];
+        if file.read(&mut magic).map_err(read_error)? < magic.len() {
+            return Err(no_kernel("it is shorter than four bytes"));
+        }
+        if magic == *b"\x7fELF" {
+            // An upper bound: what is loaded is less than the file and its zeroed end.
+            let loaded = load_elf(memory, &mut file).map_err(|_| {
+                if HIGH_MEMORY + size > low_end {
+                    too_small(HIGH_MEMORY + size)
+                } else {
+                    no_kernel("it is an ELF file that cannot be loaded")
+                }
+            })?;
+            let header = setup_header {
+                boot_flag: BOOT_FLAG,
+                header: HEADER_MAGIC,
+                type_of_loader: LOADER_UNDEFINED,
+                initrd_addr_max: INITRD_MAX as u32,
+                cmdline_size: (COMMAND_LINE_ROOM - 1) as u32,
+                ..Default::default()
+            };
+            let entry = Gpa(loaded.kernel_load.0);
+            return Ok(Kernel { entry, end: loaded.kernel_end, header });
+        }
+
+        let header = read_setup_header(&mut file)
+            .map_err(read_error)?
+            .ok_or_else(|| no_kernel("it is neither a bzImage nor an ELF file"))?;
+        if header.version < 0x020c || header.xloadflags & XLF_KERNEL_64 == 0 {
+            return Err(no_kernel("it has no 64-bit entry"));
+        }
+        // Where it wants to run, so that unpacking touches no other memory. While it unpacks it
+        // takes `init_size` from there.
+        let start = if header.relocatable_kernel != 0 && header.pref_address >= HIGH_MEMORY {
+            header.pref_address
+        } else {
+            HIGH_MEMORY
+        };
+        let end = start
+            .checked_add(u64::from(header.init_size).max(size))
+            .ok_or_else(|| no_kernel("its preferred address is absurd"))?;
+        if end > low_end {
+            return Err(too_small(end));
+        }
+        file.rewind().map_err(read_error)?;
+        let loaded = BzImage::load(memory.inner(), Some(GuestAddress(start)), &mut file, None)
+            .map_err(|_| no_kernel("it is a damaged bzImage"))?;
+        let mut header = loaded.setup_header.unwrap_or(header);
+        header.type_of_loader = LOADER_UNDEFINED;
+        Ok(Kernel { entry: Gpa(start + ENTRY_64), end, header })
+    }
+
+    fn load_command_line(
+        &self,
+        memory: &GuestMemory,
+        header: &mut setup_header,
+    ) -> Result<(), BootError> {
+        let length = self.command_line.len();
+        let limit = (header.cmdline_size as usize).min(COMMAND_LINE_ROOM - 1);
+        if length > limit {
+            return Err(BootError::CommandLine { length, limit });
+        }
+        if self.command_line.bytes().any(|byte| byte == 0) {
+            return Err(BootError::CommandLineZero);
+        }
+        memory.write(COMMAND_LINE, self.command_line.as_bytes())?;
+        memory.write(Gpa(COMMAND_LINE.0 + length as u64), &[0])?;
+        header.cmd_line_ptr = COMMAND_LINE.0 as u32;
+        Ok(())
+    }
+}
+
+/// A kernel in guest memory.
+struct Kernel {
+    entry: Gpa,
+    /// The first address it does not need.
+    end: u64,
+    header: setup_header,
+}
+
+fn open(path: &Path) -> Result<File, BootError> {
+    File::open(path).map_err(|source| BootError::Read { path: path.to_owned(), source })
+}
+
+fn load_elf(
+    memory: &GuestMemory,
+    file: &mut File,
+) -> Result<KernelLoaderResult, linux_loader::loader::Error> {
+    Elf::load(memory.inner(), None, file, Some(GuestAddress(HIGH_MEMORY)))
+}
+
+/// The setup header of a bzImage; `None` if the file is something else.
+fn read_setup_header(file: &mut File) -> io::Result<Option<setup_header>> {
+    const OFFSET: u64 = 0x1f1;
+    let mut header = setup_header::default();
+    file.seek(SeekFrom::Start(OFFSET))?;
+    match file.read_exact(header.as_mut_slice()) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        result => result?,
+    }
+    Ok((header.header == HEADER_MAGIC).then_some(header))
+}
+
+/// Loads the initrd as high as the kernel can find it. Returns its address and length.
+fn load_initrd(
+    memory: &GuestMemory,
+    path: &Path,
+    header: &setup_header,
+    kernel_end: u64,
+    low_end: u64,
+) -> Result<(u64, u64), BootError> {
+    let read_error = |source| BootError::Read { path: path.to_owned(), source };
+    let mut file = open(path)?;
+    let len = file.metadata().map_err(read_error)?.len();
+    let top = low_end.min(u64::from(header.initrd_addr_max) + 1);
+    let start = top
+        .checked_sub(len)
+        .map(|start| start & !(PAGE_SIZE as u64 - 1))
+        .filter(|&start| start >= kernel_end)
+        .ok_or_else(|| BootError::TooSmall {
+            what: format!("the kernel and the initrd {}", path.display()),
+            needed: mib(kernel_end.saturating_add(len)),
+            available: mib(memory.size()),
+        })?;
+    memory
+        .inner()
+        .read_exact_volatile_from(GuestAddress(start), &mut file, len as usize)
+        .map_err(|error| read_error(io::Error::other(error)))?;
+    Ok((start, len))
+}
+
+/// The map of memory that a BIOS gives.
+fn describe_memory(parameters: &mut boot_params, memory: &GuestMemory) {
+    let low_end = memory.size().min(layout::HOLE_START.0);
+    let high = memory.regions().nth(1).map(|region| (region.gpa.0, region.len, E820_RAM));
+    let ranges = [
+        (0, LOW_MEMORY_END, E820_RAM),
+        (LOW_MEMORY_END, HIGH_MEMORY - LOW_MEMORY_END, E820_RESERVED),
+        (HIGH_MEMORY, low_end - HIGH_MEMORY, E820_RAM),
+    ];
+    let mut entries = 0;
+    for (addr, size, type_) in ranges.into_iter().chain(high) {
+        parameters.e820_table[entries] = boot_e820_entry { addr, size, r#type: type_ };
+        entries += 1;
+    }
+    parameters.e820_entries = entries as u8;
+}

@@ -1,0 +1,190 @@
+//! `partita doctor`: what this host can do, and what to do about what is missing.
+//!
+//! Every line stands for one thing that was tried, not for a version that was read: KVM answers
+//! for its capabilities, the kernel for io_uring by setting up a ring, and so on.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::path::Path;
+
+use hypervisor::kvm::{self, HostSupport};
+
+/// How good a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Grade {
+    /// There, and used.
+    Good,
+    /// Not there; something else serves, or a feature is not to be had.
+    Fair,
+    /// Not there; guests cannot run.
+    Bad,
+}
+
+/// One line of the report.
+#[derive(Debug)]
+struct Finding {
+    grade: Grade,
+    subject: &'static str,
+    found: String,
+    advice: Option<&'static str>,
+}
+
+impl Finding {
+    fn good(subject: &'static str, found: impl Into<String>) -> Self {
+        Self { grade: Grade::Good, subject, found: found.into(), advice: None }
+    }
+
+    fn lacking(
+        grade: Grade,
+        subject: &'static str,
+        found: impl Into<String>,
+        advice: &'static str,
+    ) -> Self {
+        Self { grade, subject, found: found.into(), advice: Some(advice) }
+    }
+}
+
+/// Prints the report. Returns whether Linux guests can run here.
+pub fn run() -> bool {
+    let findings = [kvm(), hyperv(), io_uring(), tap(), landlock(), huge_pages()];
+    for finding in &findings {
+        let mark = match finding.grade {
+            Grade::Good => "ok  ",
+            Grade::Fair => "note",
+            Grade::Bad => "MISS",
+        };
+        println!("{mark}  {:<12} {}", finding.subject, finding.found);
+        if let Some(advice) = finding.advice {
+            println!("{:18} -> {advice}", "");
+        }
+    }
+    let ready = findings.iter().all(|finding| finding.grade != Grade::Bad);
+    println!(
+        "{}",
+        if ready {
+            "this host can run Linux guests with `partita run`"
+        } else {
+            "this host cannot run Linux guests; `cargo xtask demo` and `cargo xtask lab` run them \
+             in a software-emulated one"
+        }
+    );
+    ready
+}
+
+fn kvm() -> Finding {
+    match kvm::host_support() {
+        Ok(HostSupport { version, missing, .. }) if missing.is_empty() => {
+            Finding::good("KVM", format!("/dev/kvm answers, API {version}"))
+        }
+        Ok(support) => Finding::lacking(
+            Grade::Bad,
+            "KVM",
+            format!("lacks {}", support.missing.join(", ")),
+            "use a newer kernel",
+        ),
+        Err(error) => Finding::lacking(
+            Grade::Bad,
+            "KVM",
+            error.to_string(),
+            "load kvm_intel or kvm_amd, switch virtualization on in the firmware, and let your \
+             user open /dev/kvm (group kvm)",
+        ),
+    }
+}
+
+fn hyperv() -> Finding {
+    let subject = "Hyper-V";
+    match kvm::host_support() {
+        Ok(HostSupport { synic: true, .. }) => {
+            Finding::good(subject, "SynIC, hypercalls and doorbells in the kernel")
+        }
+        Ok(_) => Finding::lacking(
+            Grade::Bad,
+            subject,
+            "KVM was built without CONFIG_KVM_HYPERV",
+            "use a kernel with CONFIG_KVM_HYPERV=y, as every distribution's is",
+        ),
+        Err(_) => Finding::lacking(
+            Grade::Bad,
+            subject,
+            "unknown without KVM",
+            "see KVM above",
+        ),
+    }
+}
+
+fn io_uring() -> Finding {
+    let subject = "io_uring";
+    match backends::uring::host_support() {
+        Ok(found) => Finding::good(subject, found),
+        Err(error) if error.raw_os_error() == Some(libc_eperm()) => Finding::lacking(
+            Grade::Bad,
+            subject,
+            "not permitted",
+            "set /proc/sys/kernel/io_uring_disabled to 0, or allow it in the container's profile",
+        ),
+        Err(error) => Finding::lacking(
+            Grade::Bad,
+            subject,
+            error.to_string(),
+            "use Linux 5.15 or newer",
+        ),
+    }
+}
+
+fn libc_eperm() -> i32 {
+    rustix::io::Errno::PERM.raw_os_error()
+}
+
+fn tap() -> Finding {
+    let opened = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
+    match opened {
+        Ok(_) => Finding::good("tap", "/dev/net/tun opens"),
+        Err(error) => Finding::lacking(
+            Grade::Fair,
+            "tap",
+            format!("/dev/net/tun: {}", plain(&error)),
+            "modprobe tun; guests can do without",
+        ),
+    }
+}
+
+fn landlock() -> Finding {
+    let path = Path::new("/sys/kernel/security/lsm");
+    match std::fs::read_to_string(path) {
+        Ok(list) if list.split(',').any(|name| name.trim() == "landlock") => {
+            Finding::good("Landlock", "active")
+        }
+        Ok(_) => Finding::lacking(
+            Grade::Fair,
+            "Landlock",
+            "not among the active security modules",
+            "add landlock to the kernel's lsm= list",
+        ),
+        Err(_) => Finding::lacking(
+            Grade::Fair,
+            "Landlock",
+            "the list of security modules cannot be read",
+            "mount securityfs on /sys/kernel/security",
+        ),
+    }
+}
+
+fn huge_pages() -> Finding {
+    match hypervisor::GuestMemory::new(64 << 20) {
+        Ok(memory) => Finding::good("guest memory", memory.backing().to_string()),
+        Err(error) => Finding::lacking(
+            Grade::Bad,
+            "guest memory",
+            error.to_string(),
+            "allow memfd_create and shared mappings",
+        ),
+    }
+}
+
+fn plain(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(code) => rustix::io::Errno::from_raw_os_error(code).to_string(),
+        None => error.to_string(),
+    }
+}

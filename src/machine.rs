@@ -1,0 +1,118 @@
+//! A machine: a partition with memory, legacy devices and an operating system to boot.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use emulators::{Cmos, I8042, Nothing, PmBlock, ResetRegister, Uart};
+use hypervisor::kvm::{HyperV, Partition, PartitionConfig};
+use hypervisor::synic::{MessageSink, Synic};
+use hypervisor::{Bus, ExitCounters, GuestMemory, StopHandle, StopReason};
+
+use crate::boot::LinuxBoot;
+
+/// What a machine is to have.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// The kernel: bzImage or ELF.
+    pub kernel: PathBuf,
+    /// Its initrd.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub command_line: String,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Virtual processors.
+    pub vps: u32,
+}
+
+/// A machine, ready to run once. A restart is a new machine.
+pub struct Machine {
+    partition: Partition,
+    ports: Arc<Bus>,
+    mmio: Arc<Bus>,
+    uart: Arc<Uart>,
+    pm: Arc<PmBlock>,
+}
+
+impl Machine {
+    /// Puts the machine together and loads its kernel. Serial output goes to `serial`.
+    pub fn new(config: &MachineConfig, serial: Box<dyn Write + Send>) -> anyhow::Result<Self> {
+        let memory = GuestMemory::new(config.memory)?;
+        tracing::debug!(?memory, "guest memory");
+        let boot = LinuxBoot {
+            kernel: &config.kernel,
+            initrd: config.initrd.as_deref(),
+            command_line: &config.command_line,
+            vps: config.vps,
+        };
+        let boot_state = boot.load(&memory)?;
+
+        let partition =
+            Partition::new(&PartitionConfig { vps: config.vps, memory, hyper_v: HyperV::Kernel })?;
+        partition.set_boot_state(&boot_state)?;
+        let stop = partition.stop_handle();
+
+        let mut ports = Bus::ports();
+        let com1 = partition.interrupt_line(Uart::COM1_IRQ.into())?;
+        let uart = Uart::new(com1, serial).context("cannot start the serial port")?;
+        let uart = Arc::new(uart);
+        ports.add("COM1", Uart::COM1.into(), Uart::PORTS.into(), Arc::clone(&uart) as _)?;
+
+        let sci = partition.interrupt_line(PmBlock::SCI.into())?;
+        let pm = Arc::new(PmBlock::new(sci, stop.clone()));
+        ports.add("PM", PmBlock::PORT.into(), PmBlock::PORTS.into(), Arc::clone(&pm) as _)?;
+        let reset = Arc::new(ResetRegister::new(stop.clone()));
+        ports.add("reset register", ResetRegister::PORT.into(), 1, reset)?;
+
+        let keyboard = Arc::new(I8042::new(stop));
+        ports.add("i8042 data", I8042::DATA_PORT, 1, Arc::new(Nothing))?;
+        ports.add("i8042 command", I8042::COMMAND_PORT, 1, keyboard)?;
+        ports.add("CMOS", Cmos::PORT, Cmos::PORTS, Arc::new(Cmos::default()))?;
+        ports.add("POST code", 0x80, 1, Arc::new(Nothing))?;
+
+        let (ports, mmio) = (Arc::new(ports), Arc::new(Bus::mmio()));
+        Ok(Self { partition, ports, mmio, uart, pm })
+    }
+
+    /// Its RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        self.partition.memory()
+    }
+
+    /// Its SynIC.
+    pub fn synic(&self) -> Arc<dyn Synic> {
+        self.partition.synic()
+    }
+
+    /// Ends [`Self::run`], from any thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        self.partition.stop_handle()
+    }
+
+    /// The serial port, for its input.
+    pub fn uart(&self) -> Arc<Uart> {
+        Arc::clone(&self.uart)
+    }
+
+    /// The power button.
+    pub fn pm(&self) -> Arc<PmBlock> {
+        Arc::clone(&self.pm)
+    }
+
+    /// What each processor counted, also while it runs.
+    pub fn exit_counters(&self) -> Vec<Arc<ExitCounters>> {
+        self.partition.exit_counters()
+    }
+
+    /// The port and memory buses, for their counters.
+    pub fn buses(&self) -> (Arc<Bus>, Arc<Bus>) {
+        (Arc::clone(&self.ports), Arc::clone(&self.mmio))
+    }
+
+    /// Runs the guest until it or somebody else stops it. `sink` takes the messages it posts.
+    pub fn run(&mut self, sink: &Arc<dyn MessageSink>) -> StopReason {
+        self.partition.run(&self.ports, &self.mmio, sink)
+    }
+}

@@ -1,0 +1,288 @@
+//! What the values of command-line options mean: sizes, disks, the serial port.
+//!
+//! A list value such as `path=a.img,readonly=on` is `key=value` pairs parted by commas; a comma
+//! in a value is written twice. Every refusal says what was wrong and what would be right.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+/// Why an option's value was refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum OptionError {
+    /// Not a number with a unit.
+    #[error("'{0}' is not a size; write a number with K, M or G, such as 512M")]
+    Size(String),
+    /// A part without an equals sign.
+    #[error("'{0}' has no value; write {0}=VALUE")]
+    NoValue(String),
+    /// A key nobody knows.
+    #[error("unknown key '{key}'; known are {known}")]
+    UnknownKey {
+        /// The key as written.
+        key: String,
+        /// Those that would do.
+        known: &'static str,
+    },
+    /// A key that came twice.
+    #[error("'{0}' is given twice")]
+    Twice(String),
+    /// A key that has to be there.
+    #[error("'{0}' is missing; write {0}=VALUE")]
+    Missing(&'static str),
+    /// A value outside the allowed ones.
+    #[error("{key}={value} is not possible; {key} is {allowed}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// The value as written.
+        value: String,
+        /// Those that would do.
+        allowed: &'static str,
+    },
+}
+
+/// Parts a list value into its keys and values.
+fn pairs(list: &str) -> Result<Vec<(String, String)>, OptionError> {
+    let mut parts = vec![String::new()];
+    let mut chars = list.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c != ',' {
+            parts.last_mut().expect("never empty").push(c);
+        } else if chars.next_if_eq(&',').is_some() {
+            parts.last_mut().expect("never empty").push(',');
+        } else {
+            parts.push(String::new());
+        }
+    }
+    let mut pairs: Vec<(String, String)> = Vec::new();
+    for part in parts {
+        let (key, value) = part.split_once('=').ok_or_else(|| OptionError::NoValue(part.clone()))?;
+        if pairs.iter().any(|(other, _)| other == key) {
+            return Err(OptionError::Twice(key.to_owned()));
+        }
+        pairs.push((key.to_owned(), value.to_owned()));
+    }
+    Ok(pairs)
+}
+
+/// A number of bytes, written `4096`, `64K`, `512M` or `4G`; the units are powers of 1024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = OptionError;
+
+    fn from_str(s: &str) -> Result<Self, OptionError> {
+        let refused = || OptionError::Size(s.to_owned());
+        let (digits, shift) = match s.char_indices().next_back().ok_or_else(refused)? {
+            (at, 'k' | 'K') => (&s[..at], 10),
+            (at, 'm' | 'M') => (&s[..at], 20),
+            (at, 'g' | 'G') => (&s[..at], 30),
+            (at, 't' | 'T') => (&s[..at], 40),
+            _ => (s, 0),
+        };
+        if !digits.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(refused());
+        }
+        let number: u64 = digits.parse().map_err(|_| refused())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(refused)
+    }
+}
+
+/// How a disk is shown to the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Attach {
+    /// As a LUN of a synthetic SCSI controller.
+    #[default]
+    Scsi,
+}
+
+/// One `--disk`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOption {
+    /// The image or block device.
+    pub path: PathBuf,
+    /// How the guest sees it.
+    pub attach: Attach,
+    /// Which controller, from 0.
+    pub controller: u8,
+    /// Which LUN; the lowest free one if it is not said.
+    pub lun: Option<u8>,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Bypass the host's page cache; where that is possible if it is not said.
+    pub direct: Option<bool>,
+    /// The name the guest sees as serial number; made from the image's place if it is not said.
+    pub id: Option<String>,
+}
+
+/// The keys of `--disk`, for messages and help.
+const DISK_KEYS: &str = "path, attach, controller, lun, readonly, direct, id";
+
+/// Controllers that `controller=` can name.
+pub const CONTROLLERS: u8 = 4;
+
+/// LUNs on a controller, as on a Hyper-V host.
+pub const LUNS: u8 = 64;
+
+impl FromStr for DiskOption {
+    type Err = OptionError;
+
+    fn from_str(s: &str) -> Result<Self, OptionError> {
+        let mut path = None;
+        let mut disk = Self {
+            path: PathBuf::new(),
+            attach: Attach::Scsi,
+            controller: 0,
+            lun: None,
+            read_only: false,
+            direct: None,
+            id: None,
+        };
+        for (key, value) in pairs(s)? {
+            match key.as_str() {
+                "path" if !value.is_empty() => path = Some(PathBuf::from(value)),
+                "path" => return Err(OptionError::Missing("path")),
+                "attach" => match value.as_str() {
+                    "scsi" => disk.attach = Attach::Scsi,
+                    _ => return Err(OptionError::Value { key: "attach", value, allowed: "scsi" }),
+                },
+                "controller" => {
+                    disk.controller = below(CONTROLLERS, "controller", value, "0 to 3")?;
+                }
+                "lun" => disk.lun = Some(below(LUNS, "lun", value, "0 to 63")?),
+                "readonly" => disk.read_only = switch("readonly", value)?,
+                "direct" => disk.direct = Some(switch("direct", value)?),
+                "id" if id_is_plain(&value) => disk.id = Some(value),
+                "id" => {
+                    return Err(OptionError::Value {
+                        key: "id",
+                        value,
+                        allowed: "1 to 20 of letters, digits, '-', '_' and '.'",
+                    });
+                }
+                _ => return Err(OptionError::UnknownKey { key, known: DISK_KEYS }),
+            }
+        }
+        disk.path = path.ok_or(OptionError::Missing("path"))?;
+        Ok(disk)
+    }
+}
+
+fn id_is_plain(id: &str) -> bool {
+    (1..=20).contains(&id.len())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
+fn switch(key: &'static str, value: String) -> Result<bool, OptionError> {
+    match value.as_str() {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(OptionError::Value { key, value, allowed: "on or off" }),
+    }
+}
+
+fn below(
+    limit: u8,
+    key: &'static str,
+    value: String,
+    allowed: &'static str,
+) -> Result<u8, OptionError> {
+    match value.parse() {
+        Ok(number) if number < limit => Ok(number),
+        _ => Err(OptionError::Value { key, value, allowed }),
+    }
+}
+
+/// Where the guest's serial port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialOption {
+    /// To the program's own standard input and output.
+    Stdio,
+    /// Output into a file, nothing in.
+    File(PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+impl FromStr for SerialOption {
+    type Err = OptionError;
+
+    fn from_str(s: &str) -> Result<Self, OptionError> {
+        match s {
+            "stdio" => Ok(Self::Stdio),
+            "null" => Ok(Self::Null),
+            _ => match s.strip_prefix("file:") {
+                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
+                _ => Err(OptionError::Value {
+                    key: "serial",
+                    value: s.to_owned(),
+                    allowed: "stdio, null or file:PATH",
+                }),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!("512M".parse(), Ok(Size(512 << 20)));
+        assert_eq!("4g".parse(), Ok(Size(4 << 30)));
+        assert_eq!("4096".parse(), Ok(Size(4096)));
+        for bad in ["", "M", "-1M", "+1M", "1.5G", "12X", "99999999999T", "1 M", "½"] {
+            assert_eq!(bad.parse::<Size>(), Err(OptionError::Size(bad.to_owned())), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_disk_with_everything() {
+        let disk: DiskOption =
+            "path=/a,,b.img,attach=scsi,controller=1,lun=7,readonly=on,direct=off,id=root"
+                .parse()
+                .unwrap();
+        assert_eq!(
+            disk,
+            DiskOption {
+                path: "/a,b.img".into(),
+                attach: Attach::Scsi,
+                controller: 1,
+                lun: Some(7),
+                read_only: true,
+                direct: Some(false),
+                id: Some("root".into()),
+            }
+        );
+    }
+
+    #[test]
+    fn refusals_say_what_would_be_right() {
+        let message = |s: &str| s.parse::<DiskOption>().unwrap_err().to_string();
+        assert_eq!(message("a.img"), "'a.img' has no value; write a.img=VALUE");
+        assert_eq!(message("readonly=on"), "'path' is missing; write path=VALUE");
+        assert_eq!(message("path=a,path=b"), "'path' is given twice");
+        assert_eq!(
+            message("path=a,readonly=yes"),
+            "readonly=yes is not possible; readonly is on or off"
+        );
+        assert_eq!(message("path=a,lun=64"), "lun=64 is not possible; lun is 0 to 63");
+        assert_eq!(
+            message("path=a,colour=red"),
+            "unknown key 'colour'; known are path, attach, controller, lun, readonly, direct, id"
+        );
+        assert_eq!(message(""), "'' has no value; write =VALUE");
+    }
+
+    #[test]
+    fn serial_ports() {
+        assert_eq!("stdio".parse(), Ok(SerialOption::Stdio));
+        assert_eq!("file:/tmp/x".parse(), Ok(SerialOption::File("/tmp/x".into())));
+        assert!("file:".parse::<SerialOption>().is_err());
+        assert!("tty".parse::<SerialOption>().is_err());
+    }
+}

@@ -1,0 +1,37 @@
+//! Replays what the fuzzers have found worth keeping: every file of `fuzz/corpus/TARGET` goes
+//! through its target once, on any toolchain. A finding, once mended, stays there for good.
+
+use std::fs;
+use std::path::Path;
+
+fn replay(target: &str, run: fn(&[u8])) {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let mut count = 0;
+    for entry in fs::read_dir(&corpus).expect("the corpus is checked in") {
+        let path = entry.expect("the corpus can be listed").path();
+        println!("{}", path.display());
+        run(&fs::read(path).expect("the corpus can be read"));
+        count += 1;
+    }
+    assert!(count > 0, "{} is empty", corpus.display());
+}
+
+#[test]
+fn vmbus_messages() {
+    replay("vmbus_messages", vmbus_server::fuzzing::fuzz_server);
+}
+
+#[test]
+fn ring_packets() {
+    replay("ring_packets", vmbus::fuzzing::fuzz_ring);
+}
+
+#[test]
+fn vstor_packets() {
+    replay("vstor_packets", vsp::fuzzing::fuzz_vstor);
+}
+
+#[test]
+fn scsi_cdbs() {
+    replay("scsi_cdbs", vsp::fuzzing::fuzz_cdb);
+}

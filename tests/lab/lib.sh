@@ -1,0 +1,46 @@
+# Sourced by the lab tests. Each test is a shell script that runs in L1 with `partita` on PATH;
+# what its guests run stands in NAME.guest.sh beside it. A test passes if it exits with 0.
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+name=$(basename "$0" .sh)
+work=/tmp/$name
+rm -rf "$work"
+mkdir -p "$work"
+cd "$work"
+
+fail() {
+    echo "FAIL: $*" >&2
+    exit 1
+}
+
+# guest KERNEL SCRIPT [partita option]...: boots a guest that runs SCRIPT and powers off. Its
+# console goes to console.log and, as it comes, to the test's output.
+guest() {
+    kernel=$1 script=$2
+    shift 2
+    /lab/bin/with-script "$script" initrd
+    rc=0
+    partita run --kernel "/lab/$kernel/vmlinuz" --initrd initrd "$@" >console.raw 2>partita.log </dev/null || rc=$?
+    tr -d '\r' <console.raw | tee console.log
+    cat partita.log >&2
+    [ "$rc" = 0 ] || fail "partita exited with $rc"
+    grep -q '^guest: exit 0' console.log || fail "the guest's script did not exit with 0"
+}
+
+# refute TEXT: the guest's console must not show it.
+refute() {
+    ! grep -q -- "$1" console.log || fail "the guest's console shows: $1"
+}
+
+# expect TEXT: the guest's console must show it.
+expect() {
+    grep -q -- "$1" console.log || fail "the guest's console does not show: $1"
+}
+
+# No guest may run into one of these.
+healthy() {
+    refute 'Call Trace'
+    refute 'BUG:'
+    refute 'I/O error'
+}

@@ -1,0 +1,360 @@
+//! Opening an image: what it is, what it can do, whether it is ours.
+
+use std::fs::{File, Metadata};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
+
+use super::queue::FileQueue;
+use crate::block::{Disk, Geometry, Queue, SECTOR};
+use crate::uring::{Tag, Uring};
+
+/// Whether an image is read and written past the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direct {
+    /// Where the host can.
+    #[default]
+    Auto,
+    /// Or it is an error.
+    On,
+    /// Never.
+    Off,
+}
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Nothing is written to it; several processes may have it so at once.
+    pub read_only: bool,
+    /// Past the page cache or not.
+    pub direct: Direct,
+    /// Whether to keep others away: from an image that is written to, everybody; from one that is
+    /// only read, writers.
+    pub lock: bool,
+    /// The disk's name; made from the path if there is none.
+    pub id: Option<String>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { read_only: false, direct: Direct::Auto, lock: true, id: None }
+    }
+}
+
+/// Why an image cannot be a disk. Nothing was created or changed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's message says it")]
+pub enum OpenError {
+    #[error("disk image {} does not exist", path.display())]
+    Missing { path: PathBuf },
+    #[error("cannot open disk image {}", path.display())]
+    Unreadable { path: PathBuf, source: io::Error },
+    #[error("disk image {} cannot be written to; attach it read-only or change its permissions", path.display())]
+    NotWritable { path: PathBuf, source: io::Error },
+    #[error("{} is a directory; a disk image is a file or a block device", path.display())]
+    Directory { path: PathBuf },
+    #[error("{} is neither a file nor a block device", path.display())]
+    NotADisk { path: PathBuf },
+    #[error("disk image {} is empty; give it a size, for example with truncate --size 1G", path.display())]
+    Empty { path: PathBuf },
+    #[error("disk image {} is {size} bytes long, which is not a multiple of {SECTOR}", path.display())]
+    PartialSector { path: PathBuf, size: u64 },
+    #[error("disk image {} is in use by another process", path.display())]
+    InUse { path: PathBuf },
+    #[error("cannot lock disk image {}", path.display())]
+    Lock { path: PathBuf, source: io::Error },
+    #[error("disk image {} changed while it was being opened", path.display())]
+    Changed { path: PathBuf },
+    #[error("the host cannot read and write {} past its page cache in {SECTOR}-byte blocks; leave direct I/O off", path.display())]
+    NoDirect { path: PathBuf },
+}
+
+/// What direct I/O on a file demands, in bytes; powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Alignment {
+    /// Of addresses.
+    pub(super) memory: u32,
+    /// Of offsets and lengths.
+    pub(super) offset: u32,
+}
+
+/// The open descriptors, and what every queue on them has to know.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) buffered: File,
+    pub(super) direct: Option<(File, Alignment)>,
+    /// Holds the lock, and does nothing else.
+    _lock: File,
+    pub(super) size: u64,
+    pub(super) read_only: bool,
+    pub(super) punch_hole: bool,
+    pub(super) zero_range: bool,
+}
+
+/// A disk in a file or on a block device.
+///
+/// ```no_run
+/// use backends::block::Disk;
+/// use backends::file::{FileDisk, OpenOptions};
+///
+/// let disk = FileDisk::open("disk.img".as_ref(), &OpenOptions::default())?;
+/// println!("{} bytes, direct: {}", disk.geometry().size, disk.is_direct());
+/// # Ok::<(), backends::file::OpenError>(())
+/// ```
+#[derive(Debug)]
+pub struct FileDisk {
+    image: Arc<Image>,
+    geometry: Geometry,
+}
+
+impl FileDisk {
+    /// Opens an image that is there; nothing of it changes.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, OpenError> {
+        let here = || path.to_owned();
+        let unreadable = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => OpenError::Missing { path: here() },
+            _ => OpenError::Unreadable { path: here(), source },
+        };
+
+        // Before it is opened: opening a FIFO would wait, and opening a tape would rewind it.
+        let metadata = std::fs::metadata(path).map_err(unreadable)?;
+        let block_device = metadata.file_type().is_block_device();
+        if metadata.is_dir() {
+            return Err(OpenError::Directory { path: here() });
+        }
+        if !metadata.is_file() && !block_device {
+            return Err(OpenError::NotADisk { path: here() });
+        }
+
+        let lock = open_to_lock(path, options, block_device)?;
+        let opened = lock.metadata().map_err(unreadable)?;
+        if !same_file(&metadata, &opened) {
+            return Err(OpenError::Changed { path: here() });
+        }
+        if options.lock {
+            take_lock(&lock, !options.read_only).map_err(|source| match source.raw_os_error() {
+                Some(libc::EAGAIN | libc::EACCES) => OpenError::InUse { path: here() },
+                _ => OpenError::Lock { path: here(), source },
+            })?;
+        }
+
+        // A block device's metadata has no size; its end has.
+        let size = (&lock).seek(SeekFrom::End(0)).map_err(unreadable)?;
+        if size == 0 {
+            return Err(OpenError::Empty { path: here() });
+        }
+        if !size.is_multiple_of(u64::from(SECTOR)) {
+            return Err(OpenError::PartialSector { path: here(), size });
+        }
+
+        let reopen = |flags: i32| -> io::Result<File> {
+            let file = std::fs::OpenOptions::new()
+                .read(true)
+                .write(!options.read_only)
+                .custom_flags(flags)
+                .open(path)?;
+            match same_file(&file.metadata()?, &opened) {
+                true => Ok(file),
+                false => Err(io::ErrorKind::NotFound.into()),
+            }
+        };
+        let buffered = reopen(0).map_err(unreadable)?;
+        let direct = match options.direct {
+            Direct::Off => None,
+            Direct::Auto | Direct::On => {
+                reopen(libc::O_DIRECT).ok().and_then(|file| alignment(&file).map(|a| (file, a)))
+            }
+        };
+        if options.direct == Direct::On && direct.is_none() {
+            return Err(OpenError::NoDirect { path: here() });
+        }
+
+        let talents = match block_device {
+            true => Talents::of_device(&opened),
+            false => Talents::of_file(&buffered, size),
+        };
+        let physical_block = match block_device {
+            true => rustix::fs::ioctl_blkpbszget(&buffered).unwrap_or(SECTOR),
+            // Larger ones, such as a huge page of a tmpfs, are no unit that a write has to fill.
+            false => (opened.blksize() as u32).min(4096),
+        };
+        let writable = !options.read_only;
+        let geometry = Geometry {
+            physical_block: valid_block(physical_block),
+            read_only: options.read_only,
+            discard: writable && talents.punch_hole,
+            discard_granularity: valid_block(talents.granularity),
+            discard_zeroes: writable && talents.punch_hole,
+            write_zeroes: writable && (talents.punch_hole || talents.zero_range),
+            rotational: talents.rotational,
+            id: options.id.clone().unwrap_or_else(|| name_of(path)),
+            ..Geometry::new(size)
+        };
+        let image = Image {
+            buffered,
+            direct,
+            _lock: lock,
+            size,
+            read_only: options.read_only,
+            punch_hole: talents.punch_hole,
+            zero_range: talents.zero_range,
+        };
+        Ok(Self { image: Arc::new(image), geometry })
+    }
+
+    /// Whether aligned requests go past the host's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.image.direct.is_some()
+    }
+}
+
+impl Disk for FileDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry.clone()
+    }
+
+    fn queue(&self, tag: Tag, depth: u16, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(FileQueue::new(Arc::clone(&self.image), tag, depth, uring)))
+    }
+}
+
+/// The descriptor that tells whether the image may be opened this way at all.
+fn open_to_lock(path: &Path, options: &OpenOptions, block_device: bool) -> Result<File, OpenError> {
+    let open = |write: bool, flags: i32| {
+        std::fs::OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
+    };
+    // On a block device, O_EXCL claims it from file systems and other drivers.
+    let claim = block_device && options.lock && !options.read_only;
+    let flags = if claim { libc::O_EXCL } else { 0 };
+    open(!options.read_only, flags | libc::O_NONBLOCK).map_err(|source| {
+        let path = path.to_owned();
+        match source.raw_os_error() {
+            Some(libc::ENOENT) => OpenError::Missing { path },
+            Some(libc::EBUSY) if claim => OpenError::InUse { path },
+            Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ETXTBSY)
+                if !options.read_only && open(false, libc::O_NONBLOCK).is_ok() =>
+            {
+                OpenError::NotWritable { path, source }
+            }
+            _ => OpenError::Unreadable { path, source },
+        }
+    })
+}
+
+fn same_file(one: &Metadata, other: &Metadata) -> bool {
+    (one.dev(), one.ino(), one.rdev()) == (other.dev(), other.ino(), other.rdev())
+}
+
+/// Locks the whole file for as long as this description of it is open.
+fn take_lock(file: &File, exclusive: bool) -> io::Result<()> {
+    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the kernel reads the structure during the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// What direct I/O demands, if it can be used for every 512-byte sector.
+fn alignment(file: &File) -> Option<Alignment> {
+    let found = told_alignment(file).unwrap_or_else(|| probed_alignment(file))?;
+    let valid = |bytes: u32| bytes.is_power_of_two() && bytes <= 4096;
+    (valid(found.memory) && valid(found.offset) && found.offset <= SECTOR).then_some(found)
+}
+
+/// What the kernel says (Linux 6.1, and not for every file system); `Some(None)` if it says that
+/// there is no direct I/O.
+fn told_alignment(file: &File) -> Option<Option<Alignment>> {
+    let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
+        return None;
+    }
+    let (memory, offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
+    Some((memory != 0 && offset != 0).then_some(Alignment { memory, offset }))
+}
+
+/// What works: a read of one sector into memory that is aligned to it and no more, then to a page.
+fn probed_alignment(file: &File) -> Option<Alignment> {
+    #[repr(align(8192))]
+    struct Aligned([u8; 8192]);
+    let mut buffer = Box::new(Aligned([0; 8192]));
+    [SECTOR, 4096].into_iter().find_map(|memory| {
+        let at = &mut buffer.0[memory as usize..][..SECTOR as usize];
+        // SAFETY: the kernel writes at most the slice's length to it during the call.
+        let read = unsafe { libc::pread(file.as_raw_fd(), at.as_mut_ptr().cast(), at.len(), 0) };
+        (read >= 0).then_some(Alignment { memory, offset: SECTOR })
+    })
+}
+
+/// What the host can do with an image besides reading and writing it.
+struct Talents {
+    punch_hole: bool,
+    zero_range: bool,
+    /// What is freed at once, in bytes.
+    granularity: u32,
+    rotational: bool,
+}
+
+impl Talents {
+    /// Found out by punching a hole behind the end of the file, where there is nothing.
+    fn of_file(file: &File, size: u64) -> Self {
+        let can = |flags: FallocateFlags| {
+            let flags = flags | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(file.as_fd(), flags, size, u64::from(SECTOR)).is_ok()
+        };
+        Self {
+            punch_hole: can(FallocateFlags::PUNCH_HOLE),
+            // Behind the end this would allocate, so it is only learnt from the first refusal.
+            zero_range: true,
+            granularity: rustix::fs::fstat(file)
+                .map_or(4096, |stat| (stat.st_blksize as u32).min(4096)),
+            rotational: false,
+        }
+    }
+
+    /// Asked of the device's request queue: `fallocate` on a device punches holes where it can
+    /// write zeroes by itself.
+    fn of_device(metadata: &Metadata) -> Self {
+        let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+        let sysfs = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+        // A partition's queue is its disk's.
+        let ask = |name: &str| -> Option<u64> {
+            ["queue", "../queue"].iter().find_map(|queue| {
+                std::fs::read_to_string(sysfs.join(queue).join(name)).ok()?.trim().parse().ok()
+            })
+        };
+        let zeroes = ask("write_zeroes_max_bytes").is_some_and(|bytes| bytes > 0);
+        Self {
+            punch_hole: zeroes,
+            zero_range: true,
+            granularity: ask("discard_granularity").map_or(SECTOR, |bytes| bytes as u32),
+            rotational: ask("rotational") == Some(1),
+        }
+    }
+}
+
+/// A block size a guest can be told: a power of two from a sector to what any disk has.
+fn valid_block(bytes: u32) -> u32 {
+    if bytes.is_power_of_two() { bytes.clamp(SECTOR, 1 << 20) } else { 4096 }
+}
+
+/// The image's path, in 16 hexadecimal digits (FNV-1a).
+fn name_of(path: &Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let hash =
+        path.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    format!("{hash:016x}")
+}

@@ -1,0 +1,12 @@
+//! Service providers (VSPs): what the root partition does for its guests' synthetic devices.
+//!
+//! [`storvsp`] serves disks. It speaks VMBus's storage protocol with the guest and SCSI inside of
+//! it, and leaves the disks themselves to [`backends::block`].
+
+#[doc(hidden)]
+pub mod fuzzing;
+mod limited;
+pub mod scsi;
+pub mod storvsp;
+
+use limited::limited;

@@ -1,0 +1,171 @@
+//! When to wait a moment: the policy that turns single requests into batches, and sleep into
+//! short spins, without costing a guest that sends one request at a time.
+//!
+//! A disk that is faster than its guest completes every request before the next one arrives, and
+//! then each request pays for a system call and an interrupt of its own, however deep the guest's
+//! queue is. Waiting a little for company makes one call and one interrupt serve many. But a
+//! guest that sends one request and waits for it must not be kept waiting for company that never
+//! comes. The two cannot be told apart by looking, only by trying: now and then one request is
+//! held for about the time the next would take to arrive. If one does, more are expected next
+//! time; if none does, the next trial is put off twice as long.
+//!
+//! How long is short depends on the host: under nested or emulated virtualization a system call
+//! costs fifty times what it does elsewhere, and so do exits. All bounds here are therefore
+//! multiples of one measured unit, a write to and a read from an eventfd.
+//!
+//! The policy does no I/O and reads no clock; its worker tells it the time.
+
+use std::time::Duration;
+
+/// Never expect more company than this: larger batches save little and delay the first request.
+const LARGEST_BATCH: u32 = 16;
+/// The first trial after the guest was seen to send single requests, in batches.
+const FIRST_TRIAL: u32 = 16;
+/// The longest distance between two trials, in batches.
+const LAST_TRIAL: u32 = 512;
+/// The longest wait for company or for work, in units of the host's system-call cost.
+const PATIENCE: u32 = 64;
+
+/// The pace of one channel.
+#[derive(Debug)]
+pub(super) struct Pacer {
+    /// The longest that anything is waited for.
+    patience: Duration,
+    /// How many requests to gather before they are handed on together.
+    expected: u32,
+    /// Moving average of the time between two arrivals.
+    gap: Duration,
+    last_arrival: Option<Duration>,
+    /// Batches until the next trial, and the distance between the last two.
+    until_trial: u32,
+    trial_distance: u32,
+}
+
+impl Pacer {
+    /// A pacer for a host on which two small system calls take `unit`.
+    pub(super) fn new(unit: Duration) -> Self {
+        Self {
+            patience: unit.saturating_mul(PATIENCE),
+            expected: 1,
+            gap: Duration::ZERO,
+            last_arrival: None,
+            until_trial: FIRST_TRIAL,
+            trial_distance: FIRST_TRIAL,
+        }
+    }
+
+    /// `count` requests arrived by `now` (any monotonic origin).
+    pub(super) fn arrived(&mut self, now: Duration, count: u32) {
+        if let Some(last) = self.last_arrival {
+            let gap = (now.saturating_sub(last) / count.max(1)).min(self.patience * 4);
+            // An eighth of the new, seven of the old: follows a change within a batch or two.
+            self.gap = (self.gap * 7 + gap) / 8;
+        }
+        self.last_arrival = Some(now);
+    }
+
+    /// `gathered` requests are held, the last of which came at the last `arrived`. Until when to
+    /// wait for another before handing them on; `None`: hand them on now.
+    pub(super) fn hold_until(&mut self, gathered: u32) -> Option<Duration> {
+        if gathered == 0 || gathered >= self.target() {
+            return None;
+        }
+        let window = self.gap + self.gap / 2;
+        (window <= self.patience).then(|| self.last_arrival.unwrap_or_default() + window)
+    }
+
+    /// How many to gather this time: on trial, twice as many as were expected.
+    fn target(&self) -> u32 {
+        if self.until_trial == 0 { (self.expected * 2).min(LARGEST_BATCH) } else { self.expected }
+    }
+
+    /// `gathered` requests were handed on together: learn from it.
+    pub(super) fn handed_on(&mut self, gathered: u32) {
+        let gathered = gathered.clamp(1, LARGEST_BATCH);
+        let on_trial = self.until_trial == 0;
+        if gathered > self.expected {
+            // More than expected: try for still more at once.
+            self.until_trial = 0;
+            self.trial_distance = FIRST_TRIAL;
+        } else if on_trial {
+            self.trial_distance = (self.trial_distance * 2).min(LAST_TRIAL);
+            self.until_trial = self.trial_distance;
+        } else {
+            self.until_trial -= 1;
+        }
+        self.expected = gathered;
+    }
+
+    /// Until when to look for a new request before going to sleep, if at `now` there is none.
+    /// `None`: the next one is too far off, or has been missed already; sleep.
+    pub(super) fn spin_until(&self) -> Option<Duration> {
+        (self.gap <= self.patience)
+            .then(|| self.last_arrival.unwrap_or_default() + (self.gap * 2).min(self.patience))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: Duration = Duration::from_nanos(500);
+
+    /// Serves a guest that keeps `depth` requests in flight, needs `cost` of its own time for
+    /// each, and whose disk answers at once. Returns requests and batches.
+    fn serve(depth: u32, cost: Duration, requests: u32) -> (u32, u32, Duration) {
+        let mut pacer = Pacer::new(UNIT);
+        let mut now = Duration::from_secs(1);
+        let (mut served, mut batches) = (0, 0);
+        let mut waiting = depth; // requests the guest can still send
+        let mut held = Duration::ZERO;
+        while served < requests {
+            now += cost;
+            pacer.arrived(now, 1);
+            waiting -= 1;
+            let mut gathered = 1;
+            while let Some(until) = pacer.hold_until(gathered) {
+                if waiting > 0 && now + cost <= until {
+                    now += cost;
+                    waiting -= 1;
+                    gathered += 1;
+                    pacer.arrived(now, 1);
+                } else {
+                    held += until - now;
+                    now = until;
+                    break;
+                }
+            }
+            pacer.handed_on(gathered);
+            served += gathered;
+            batches += 1;
+            waiting += gathered;
+        }
+        (served, batches, held)
+    }
+
+    #[test]
+    fn a_deep_queue_is_served_in_batches() {
+        let (served, batches, _) = serve(32, Duration::from_micros(3), 100_000);
+        assert!(batches * 8 < served, "{batches} batches for {served} requests");
+    }
+
+    #[test]
+    fn a_shallow_queue_is_served_whole() {
+        let (served, batches, _) = serve(4, Duration::from_micros(3), 100_000);
+        assert!(batches * 2 < served, "{batches} batches for {served} requests");
+    }
+
+    #[test]
+    fn a_single_request_is_hardly_ever_held() {
+        let cost = Duration::from_micros(10);
+        let (served, batches, held) = serve(1, cost, 100_000);
+        assert_eq!(served, batches);
+        assert!(held < cost * served / 100, "held {held:?} in all");
+    }
+
+    #[test]
+    fn a_slow_guest_is_never_held() {
+        let (_, _, held) = serve(32, UNIT * PATIENCE * 2, 10_000);
+        assert_eq!(held, Duration::ZERO);
+    }
+}

@@ -1,0 +1,381 @@
+//! The lab: a Linux with a real KVM, where unmodified guests can run, on any machine.
+//!
+//! A host without hardware virtualization, or without Hyper-V support in its KVM, can still emulate a processor
+//! that has both: the lab starts QEMU's TCG with a Debian kernel in it, called L1, whose `kvm-amd` works on the emulated
+//! SVM. A command runs in L1 with `partita` at hand; the guests it starts are L2. Everything is slower there,
+//! exits most of all; figures compare only within one run.
+//!
+//! The parts: `packages` brings tools and kernels from Debian, `kernel` picks their modules, `layers` makes
+//! initramfs layers of them, `cpio` writes these, and here one L1 lives from its start to its power-off. Between host
+//! and L1 lie an ISA serial port for L1's console and three virtio ports: `output` carries what the command writes,
+//! `status` the lines `up SECONDS` and `exit STATUS`, `result` a tar of what the command left in /lab/out.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{progress, workspace};
+use kernel::Kernel;
+use layers::Layers;
+use packages::{Packages, empty_folder};
+
+mod cpio;
+mod kernel;
+mod layers;
+mod packages;
+mod stand_ins;
+
+/// L1's kernel command line. KVM calls a guest's reference TSC page valid only where L1's own clock is the TSC, so
+/// L1 must trust the emulated one.
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc";
+
+/// How many lines of L1's console an error shows.
+const TAIL: usize = 20;
+
+/// One call of the lab.
+pub(crate) struct LabOptions {
+    /// Processors of L1.
+    pub(crate) cpus: u32,
+    /// Memory of L1, as QEMU takes it.
+    pub(crate) memory: String,
+    /// Files and folders for L1.
+    pub(crate) files: Vec<LabFile>,
+    /// A script that every guest on /lab/initrd runs.
+    pub(crate) script: Option<PathBuf>,
+    /// Whether QEMU is at hand in L1.
+    pub(crate) peers: bool,
+    /// How long the whole run may take.
+    pub(crate) timeout: Duration,
+    /// The `partita` to take along; built here if there is none.
+    pub(crate) partita: Option<PathBuf>,
+    /// Whether to look for newer packages.
+    pub(crate) refresh: bool,
+    /// Whether the command's output is shown as it comes.
+    pub(crate) show: bool,
+    /// The command and its arguments.
+    pub(crate) command: Vec<String>,
+}
+
+impl Default for LabOptions {
+    fn default() -> Self {
+        Self {
+            cpus: 2,
+            memory: "4G".to_owned(),
+            files: Vec::new(),
+            script: None,
+            peers: false,
+            timeout: Duration::from_secs(600),
+            partita: None,
+            refresh: false,
+            show: true,
+            command: Vec::new(),
+        }
+    }
+}
+
+/// A file or folder on its way into L1.
+#[derive(Clone, Debug)]
+pub(crate) struct LabFile {
+    /// Where it is on the host.
+    pub(crate) source: PathBuf,
+    /// Its absolute path in L1.
+    pub(crate) destination: String,
+}
+
+impl std::str::FromStr for LabFile {
+    type Err = String;
+
+    /// `SRC[:DEST]`, with `/lab/files/NAME` as the default destination.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (source, destination) = match text.split_once(':') {
+            Some((source, destination)) => (source, Some(destination)),
+            None => (text, None),
+        };
+        let source = PathBuf::from(source);
+        let Some(name) = source.file_name() else {
+            return Err(format!("no file name in {text:?}: write SRC[:DEST]"));
+        };
+        let destination = match destination {
+            Some(path) if path.starts_with('/') => path.to_owned(),
+            Some(path) => return Err(format!("{path:?} is no absolute path in L1")),
+            None => format!("/lab/files/{}", name.to_string_lossy()),
+        };
+        Ok(Self { source, destination })
+    }
+}
+
+/// What came of a call.
+pub(crate) struct LabOutcome {
+    /// The command's exit status.
+    pub(crate) status: u8,
+    /// All the command wrote.
+    pub(crate) output: String,
+    /// What the command left in /lab/out.
+    pub(crate) out_dir: PathBuf,
+}
+
+/// A kernel and an initramfs for a guest, for use outside L1.
+pub(crate) struct GuestImages {
+    /// Debian's cloud kernel.
+    pub(crate) kernel: PathBuf,
+    /// The guest's initramfs, without a script.
+    pub(crate) initrd: PathBuf,
+}
+
+/// The lab's folder: its cache, and the state of the one call that runs at a time.
+fn folder() -> PathBuf {
+    workspace::target_dir().join("lab")
+}
+
+/// Runs a command in an L1 of its own.
+pub(crate) fn run(options: &LabOptions) -> Result<LabOutcome> {
+    if options.command.is_empty() {
+        bail!("the lab needs a command to run");
+    }
+    for file in &options.files {
+        if !file.source.exists() {
+            bail!("no such file for the lab: {}", file.source.display());
+        }
+    }
+    if let Some(script) = options.script.as_ref().filter(|script| !script.is_file()) {
+        bail!("no such script for the guest: {}", script.display());
+    }
+
+    let folder = folder();
+    let _lock = lock(&folder)?;
+    let packages = Packages::ensure(&folder, options.refresh)?;
+    let partita = match &options.partita {
+        Some(path) => path.clone(),
+        None => {
+            let _step = progress::step("lab: building partita");
+            workspace::build_partita()?
+        }
+    };
+    let layers = Layers::new(&packages, folder.join("layers"))?;
+    let mut stack = vec![layers.l1()?];
+    if options.peers {
+        stack.push(layers.peers()?);
+    }
+    let command = shell_line(&options.command);
+    stack.push(layers.call(&partita, &command, options.script.as_deref(), &options.files)?);
+
+    let run = folder.join("run");
+    let out_dir = folder.join("out");
+    empty_folder(&run)?;
+    empty_folder(&out_dir)?;
+    concatenate(&stack, &run.join("initrd"))?;
+    let l1 = L1 { run, packages: &packages, options };
+    let (status, output) = l1.live()?;
+    l1.unpack_result(&out_dir)?;
+    Ok(LabOutcome { status, output, out_dir })
+}
+
+/// The cloud kernel and the guest's initramfs, made if need be.
+pub(crate) fn guest_images() -> Result<GuestImages> {
+    let folder = folder();
+    let _lock = lock(&folder)?;
+    let packages = Packages::ensure(&folder, false)?;
+    let kernel = packages.kernels.first().map(Kernel::image).context("the lab has no kernel")?;
+    let initrd = Layers::new(&packages, folder.join("layers"))?.guest()?;
+    Ok(GuestImages { kernel, initrd })
+}
+
+/// Takes the lab's folder for this process, waiting for another's call to end.
+fn lock(folder: &Path) -> Result<File> {
+    fs::create_dir_all(folder)
+        .with_context(|| format!("could not make the lab's folder {}", folder.display()))?;
+    let file = File::create(folder.join("lock"))?;
+    if file.try_lock().is_err() {
+        let _step = progress::step("lab: waiting for another call to end");
+        file.lock().context("could not lock the lab's folder")?;
+    }
+    Ok(file)
+}
+
+/// Writes files one after the other into one.
+fn concatenate(parts: &[PathBuf], whole: &Path) -> Result<()> {
+    let mut out = File::create(whole)?;
+    for part in parts {
+        io::copy(&mut File::open(part)?, &mut out)
+            .with_context(|| format!("could not put {} together", whole.display()))?;
+    }
+    Ok(())
+}
+
+/// An argument vector as a line for a shell.
+fn shell_line(command: &[String]) -> String {
+    let words: Vec<_> =
+        command.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''"))).collect();
+    words.join(" ")
+}
+
+/// One L1, from start to power-off.
+struct L1<'a> {
+    run: PathBuf,
+    packages: &'a Packages,
+    options: &'a LabOptions,
+}
+
+impl L1<'_> {
+    /// Starts L1, passes its output on, and returns the command's status and output.
+    fn live(&self) -> Result<(u8, String)> {
+        let step = progress::step("lab: starting L1");
+        let mut qemu = self.start()?;
+        let mut stdout = qemu.stdout.take().context("QEMU has no output")?;
+        let show = self.options.show;
+        let relay = thread::spawn(move || pass_on(&mut stdout, show));
+
+        let mut step = Some(step);
+        let started = Instant::now();
+        let ended = loop {
+            if let Some(ended) = qemu.try_wait()? {
+                break Some(ended);
+            }
+            if started.elapsed() > self.options.timeout {
+                qemu.kill()?;
+                qemu.wait()?;
+                break None;
+            }
+            if step.is_some() && self.said("up").is_some() {
+                step = None;
+            }
+            thread::sleep(Duration::from_millis(20));
+        };
+        drop(step);
+        let output = relay.join().expect("the relay does not panic").context("lost L1's output")?;
+
+        if let Some(status) = self.said("exit").and_then(|status| status.parse().ok()) {
+            return Ok((status, output));
+        }
+        let what = match ended {
+            None => format!("the lab did not end within {} s", self.options.timeout.as_secs()),
+            Some(ended) if ended.success() => "L1 went down before its command ended".to_owned(),
+            Some(ended) => format!("QEMU failed ({ended}): {}", self.tail("qemu.stderr", 1)),
+        };
+        bail!("{what}; the end of its console:\n{}", self.tail("console", TAIL));
+    }
+
+    fn start(&self) -> Result<Child> {
+        let sysroot = &self.packages.sysroot;
+        let kernel = self.packages.kernels.first().context("the lab has no kernel")?;
+        let emulator = sysroot.command("qemu-system-x86_64", "qemu-system-x86_64")?;
+        // The emulator must not outlive us, however we end.
+        let mut qemu = Command::new("setpriv");
+        qemu.args(["--pdeathsig", "KILL"]).arg(emulator.get_program()).args(emulator.get_args());
+        qemu.env("QEMU_MODULE_DIR", sysroot.path("usr/lib/x86_64-linux-gnu/qemu"));
+        for folder in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+            qemu.arg("-L").arg(sysroot.path(folder));
+        }
+        qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max"])
+            .args(["-smp", &self.options.cpus.to_string(), "-m", &self.options.memory])
+            .arg("-kernel")
+            .arg(kernel.image())
+            .arg("-initrd")
+            .arg(self.run.join("initrd"))
+            .args(["-append", COMMAND_LINE])
+            .arg("-serial")
+            .arg(format!("file:{}", self.run.join("console").display()))
+            .args(["-device", "virtio-serial-pci"]);
+        for (port, path) in [
+            ("output", PathBuf::from("/dev/stdout")),
+            ("status", self.run.join("status")),
+            ("result", self.run.join("result.tar")),
+        ] {
+            qemu.arg("-chardev")
+                .arg(format!("file,id={port},path={}", path.display()))
+                .arg("-device")
+                .arg(format!("virtserialport,chardev={port},name={port}"));
+        }
+        qemu.stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::create(self.run.join("qemu.stderr"))?)
+            .spawn()
+            .context("could not start setpriv (of util-linux), which the lab needs")
+    }
+
+    /// What L1's init last said under this keyword.
+    fn said(&self, keyword: &str) -> Option<String> {
+        let status = fs::read_to_string(self.run.join("status")).ok()?;
+        // A line counts once it is whole.
+        let whole = status.rsplit_once('\n')?.0;
+        let last =
+            whole.lines().filter_map(|line| line.strip_prefix(keyword)?.strip_prefix(' ')).last();
+        last.map(str::to_owned)
+    }
+
+    /// The last lines of one of the run's files.
+    fn tail(&self, file: &str, count: usize) -> String {
+        let bytes = fs::read(self.run.join(file)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes).replace('\r', "");
+        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        lines[lines.len().saturating_sub(count)..].join("\n")
+    }
+
+    /// Unpacks what the command left in /lab/out.
+    fn unpack_result(&self, out_dir: &Path) -> Result<()> {
+        let result = self.run.join("result.tar");
+        if result.metadata().map_or(0, |metadata| metadata.len()) == 0 {
+            return Ok(());
+        }
+        let output = Command::new("tar")
+            .arg("-xf")
+            .arg(&result)
+            .arg("-C")
+            .arg(out_dir)
+            .arg("--no-same-owner")
+            .output()
+            .context("could not start tar, which the lab needs")?;
+        if !output.status.success() {
+            bail!("could not unpack /lab/out: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        fs::remove_file(result)?;
+        Ok(())
+    }
+}
+
+/// Copies L1's output to ours as it comes, without carriage returns, and returns it whole.
+fn pass_on(from: &mut impl Read, show: bool) -> io::Result<String> {
+    let mut whole = Vec::new();
+    let mut buffer = vec![0; 32 << 10];
+    loop {
+        let count = from.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(String::from_utf8_lossy(&whole).into_owned());
+        }
+        let text: Vec<u8> = buffer[..count].iter().copied().filter(|&byte| byte != b'\r').collect();
+        if show {
+            // Whoever reads us may have gone; the run goes on for its status.
+            let mut stdout = io::stdout().lock();
+            let _ = stdout.write_all(&text).and_then(|()| stdout.flush());
+        }
+        whole.extend(text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_reads_back_what_was_quoted() {
+        let words = ["printf", "%s\n", "it's", "a b", "$HOME", ""].map(str::to_owned);
+        let output = Command::new("sh").arg("-c").arg(shell_line(&words)).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "it's\na b\n$HOME\n\n");
+    }
+
+    #[test]
+    fn a_file_goes_to_its_own_name_unless_told_otherwise() {
+        let file: LabFile = "some/disk.img".parse().unwrap();
+        assert_eq!(file.destination, "/lab/files/disk.img");
+        let file: LabFile = "disk.img:/tmp/d".parse().unwrap();
+        assert_eq!(file.destination, "/tmp/d");
+        assert!("disk.img:d".parse::<LabFile>().is_err());
+        assert!("..".parse::<LabFile>().is_err());
+    }
+}

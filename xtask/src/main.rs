@@ -1,0 +1,98 @@
+//! Chores in one command each: `cargo xtask lab`, `demo`, `test`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use lab::{LabFile, LabOptions};
+
+mod lab;
+mod progress;
+mod workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Chores of this workspace")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    Lab(LabArgs),
+}
+
+/// Run a command beside a real KVM, on any machine.
+///
+/// Starts a Debian Linux under emulation (L1) whose KVM boots unmodified guests (L2), and runs the command there
+/// with `partita` on its PATH. In L1: /lab/cloud/vmlinuz and /lab/full/vmlinuz, Debian's kernels; /lab/initrd, an
+/// initramfs for guests on either; `with-script SCRIPT OUT`, which makes one that runs SCRIPT. What the command
+/// leaves in /lab/out comes back to target/lab/out. The first call brings packages by apt into target/lab, as any
+/// user, and installs nothing.
+#[derive(Args)]
+#[command(after_help = "Example, a guest that lists its disks:
+  echo 'wait-for /dev/sda; lsblk' >/tmp/ls.sh
+  cargo xtask lab --script /tmp/ls.sh -- sh -c 'truncate -s 64M /tmp/d
+    partita run --kernel /lab/cloud/vmlinuz --initrd /lab/initrd --disk path=/tmp/d'")]
+struct LabArgs {
+    /// Processors of L1
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// Memory of L1
+    #[arg(long, default_value = "4G")]
+    memory: String,
+    /// A file or folder for L1, at DEST or /lab/files/NAME; may be repeated
+    #[arg(long = "file", value_name = "SRC[:DEST]")]
+    files: Vec<LabFile>,
+    /// A shell script that every guest on /lab/initrd runs
+    #[arg(long, value_name = "F")]
+    script: Option<PathBuf>,
+    /// Have QEMU in L1 as well
+    #[arg(long)]
+    peers: bool,
+    /// Give up after this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    timeout: u64,
+    /// Take this program along as `partita` instead of building it
+    #[arg(long, value_name = "PROGRAM")]
+    partita: Option<PathBuf>,
+    /// Look for newer packages
+    #[arg(long)]
+    refresh: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().chore) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(chore: Chore) -> Result<u8> {
+    match chore {
+        Chore::Lab(args) => {
+            let outcome = lab::run(&LabOptions {
+                cpus: args.cpus,
+                memory: args.memory,
+                files: args.files,
+                script: args.script,
+                peers: args.peers,
+                timeout: Duration::from_secs(args.timeout),
+                partita: args.partita,
+                refresh: args.refresh,
+                show: true,
+                command: args.command,
+            })?;
+            Ok(outcome.status)
+        }
+    }
+}
