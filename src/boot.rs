@@ -16,4 +16,4 @@ mod acpi;
 mod linux;
 mod long_mode;
 
-pub use linux::{BootError, LinuxBoot};
+pub use linux::LinuxBoot;

@@ -7,7 +7,8 @@ use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 
-use hypervisor::kvm::{self, HostSupport};
+use backends::uring::Uring;
+use hypervisor::kvm::{self, HyperV};
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +47,7 @@ impl Finding {
 
 /// Prints the report. Returns whether Linux guests can run here.
 pub fn run() -> bool {
-    let findings = [kvm(), hyperv(), io_uring(), tap(), landlock(), huge_pages()];
+    let findings = [kvm(), hyper_v(), io_uring(), tap(), landlock(), huge_pages()];
     for finding in &findings {
         let mark = match finding.grade {
             Grade::Good => "ok  ",
@@ -72,68 +73,60 @@ pub fn run() -> bool {
 }
 
 fn kvm() -> Finding {
-    match kvm::host_support() {
-        Ok(HostSupport { version, missing, .. }) if missing.is_empty() => {
-            Finding::good("KVM", format!("/dev/kvm answers, API {version}"))
-        }
-        Ok(support) => Finding::lacking(
-            Grade::Bad,
-            "KVM",
-            format!("lacks {}", support.missing.join(", ")),
-            "use a newer kernel",
-        ),
+    match kvm::open() {
         Err(error) => Finding::lacking(
             Grade::Bad,
             "KVM",
             error.to_string(),
-            "load kvm_intel or kvm_amd, switch virtualization on in the firmware, and let your \
-             user open /dev/kvm (group kvm)",
+            "switch virtualization on in the firmware, or run the lab, which needs none",
         ),
+        Ok(kvm) => match kvm::lacking(&kvm, HyperV::Absent) {
+            None => Finding::good("KVM", "/dev/kvm has all that a partition needs"),
+            Some(what) => {
+                Finding::lacking(Grade::Bad, "KVM", format!("lacks {what}"), "use a newer kernel")
+            }
+        },
     }
 }
 
-fn hyperv() -> Finding {
+fn hyper_v() -> Finding {
     let subject = "Hyper-V";
-    match kvm::host_support() {
-        Ok(HostSupport { synic: true, .. }) => {
-            Finding::good(subject, "SynIC, hypercalls and doorbells in the kernel")
-        }
-        Ok(_) => Finding::lacking(
+    let Ok(kvm) = kvm::open() else {
+        return Finding::lacking(Grade::Bad, subject, "unknown without KVM", "see KVM above");
+    };
+    match kvm::lacking(&kvm, HyperV::Kernel) {
+        None => Finding::good(subject, "SynIC, hypercalls and doorbells in the kernel"),
+        Some(what) => Finding::lacking(
             Grade::Bad,
             subject,
-            "KVM was built without CONFIG_KVM_HYPERV",
-            "use a kernel with CONFIG_KVM_HYPERV=y, as every distribution's is",
-        ),
-        Err(_) => Finding::lacking(
-            Grade::Bad,
-            subject,
-            "unknown without KVM",
-            "see KVM above",
+            format!("KVM lacks {what}"),
+            "use a kernel with CONFIG_KVM_HYPERV=y, as distributions have",
         ),
     }
 }
 
 fn io_uring() -> Finding {
     let subject = "io_uring";
-    match backends::uring::host_support() {
-        Ok(found) => Finding::good(subject, found),
-        Err(error) if error.raw_os_error() == Some(libc_eperm()) => Finding::lacking(
+    match Uring::new(8) {
+        Ok(uring) if uring.is_deferred() => {
+            Finding::good(subject, "with deferred task work (Linux 6.1)")
+        }
+        Ok(_) => Finding::lacking(
+            Grade::Fair,
+            subject,
+            "without deferred task work",
+            "Linux 6.1 or newer is faster",
+        ),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Finding::lacking(
             Grade::Bad,
             subject,
             "not permitted",
             "set /proc/sys/kernel/io_uring_disabled to 0, or allow it in the container's profile",
         ),
-        Err(error) => Finding::lacking(
-            Grade::Bad,
-            subject,
-            error.to_string(),
-            "use Linux 5.15 or newer",
-        ),
+        Err(error) => {
+            Finding::lacking(Grade::Bad, subject, plain(&error), "use Linux 5.15 or newer")
+        }
     }
-}
-
-fn libc_eperm() -> i32 {
-    rustix::io::Errno::PERM.raw_os_error()
 }
 
 fn tap() -> Finding {
@@ -171,11 +164,19 @@ fn landlock() -> Finding {
 }
 
 fn huge_pages() -> Finding {
-    match hypervisor::GuestMemory::new(64 << 20) {
-        Ok(memory) => Finding::good("guest memory", memory.backing().to_string()),
+    let subject = "guest memory";
+    match hypervisor::GuestMemory::new(4 << 20) {
+        Ok(memory) if memory.backing().may_be_huge() => Finding::good(subject, "in huge pages"),
+        Ok(_) => Finding::lacking(
+            Grade::Fair,
+            subject,
+            "in pages of 4 KiB; guests boot more slowly",
+            "allow user namespaces, or write advise to \
+             /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        ),
         Err(error) => Finding::lacking(
             Grade::Bad,
-            "guest memory",
+            subject,
             error.to_string(),
             "allow memfd_create and shared mappings",
         ),

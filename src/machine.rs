@@ -37,8 +37,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts the machine together and loads its kernel. Serial output goes to `serial`.
-    pub fn new(config: &MachineConfig, serial: Box<dyn Write + Send>) -> anyhow::Result<Self> {
+    /// Puts the machine together and loads its kernel. Serial output goes to what `serial` makes,
+    /// which it does not do before all that can be wrong with the guest's files has been found.
+    pub fn new(
+        config: &MachineConfig,
+        serial: impl FnOnce() -> anyhow::Result<Box<dyn Write + Send>>,
+    ) -> anyhow::Result<Self> {
         let memory = GuestMemory::new(config.memory)?;
         tracing::debug!(?memory, "guest memory");
         let boot = LinuxBoot {
@@ -56,7 +60,7 @@ impl Machine {
 
         let mut ports = Bus::ports();
         let com1 = partition.interrupt_line(Uart::COM1_IRQ.into())?;
-        let uart = Uart::new(com1, serial).context("cannot start the serial port")?;
+        let uart = Uart::new(com1, serial()?).context("cannot start the serial port")?;
         let uart = Arc::new(uart);
         ports.add("COM1", Uart::COM1.into(), Uart::PORTS.into(), Arc::clone(&uart) as _)?;
 

@@ -1,130 +1,86 @@
-//! The program.
+//! The program `partita`: the root partition's virtualization stack on a command line.
+//!
+//! [`options`] reads what the user wants, [`machine`] puts the machine together, [`boot`] loads its
+//! operating system, [`run`] lets it run with its disks until it ends, and [`doctor`] looks at the
+//! host. An error is one line, and ends the program with 1.
 
 mod boot;
+mod doctor;
 mod machine;
+mod options;
+mod run;
+mod statistics;
+mod terminal;
 
-use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::{Context, bail};
-use clap::{Args, Parser, Subcommand};
-use hypervisor::StopReason;
-use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
-use machine::{Machine, MachineConfig};
-
-/// A virtual machine monitor with the device model of a Hyper-V host.
-#[derive(Parser)]
-#[command(version)]
+/// Runs guests on KVM with the device model of a Hyper-V host.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "\
+Example:
+  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(Subcommand)]
+#[derive(Debug, Subcommand)]
 enum Command {
-    /// Boot Linux.
-    Run(Run),
-}
-
-#[derive(Args)]
-struct Run {
-    /// The kernel: a bzImage or an ELF vmlinux
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
-    /// The initial RAM file system
-    #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
-    /// The kernel's command line
-    #[arg(long, value_name = "STRING", default_value = "console=ttyS0 panic=-1")]
-    cmdline: String,
-    /// Memory: a number with M or G behind it
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    memory: u64,
-    /// Virtual processors
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
-    /// Where the serial port goes: stdio, null or file:PATH
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    serial: String,
-    /// Print what was counted when the guest is gone
-    #[arg(long)]
-    stats: bool,
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, unit) = match text.strip_suffix(['G', 'g']) {
-        Some(digits) => (digits, 1_u64 << 30),
-        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1 << 20),
-    };
-    let number: u64 = digits.parse().map_err(|_| "a size is a number with M or G behind it")?;
-    number.checked_mul(unit).ok_or_else(|| "too large".to_owned())
-}
-
-/// Takes messages as long as there is no VMBus.
-struct NoVmbus;
-
-impl MessageSink for NoVmbus {
-    fn post(&self, _: ConnectionId, _: u32, _: &[u8]) -> HvStatus {
-        HvStatus::INVALID_CONNECTION_ID
-    }
-}
-
-fn serial_output(name: &str) -> anyhow::Result<Box<dyn Write + Send>> {
-    Ok(match name {
-        "stdio" => Box::new(std::io::stdout()),
-        "null" => Box::new(std::io::sink()),
-        other => match other.strip_prefix("file:") {
-            Some(path) => {
-                Box::new(File::create(path).with_context(|| format!("cannot create {path}"))?)
-            }
-            None => bail!("--serial {other}: stdio, null or file:PATH is needed"),
-        },
-    })
-}
-
-fn run(arguments: Run) -> anyhow::Result<()> {
-    let config = MachineConfig {
-        kernel: arguments.kernel,
-        initrd: arguments.initrd,
-        command_line: arguments.cmdline,
-        memory: arguments.memory,
-        vps: arguments.cpus,
-    };
-    loop {
-        let mut machine = Machine::new(&config, serial_output(&arguments.serial)?)?;
-        let counters = machine.exit_counters();
-        let (ports, mmio) = machine.buses();
-        let sink: Arc<dyn MessageSink> = Arc::new(NoVmbus);
-        let reason = machine.run(&sink);
-        drop(machine);
-        if arguments.stats {
-            for (index, counters) in counters.iter().enumerate() {
-                eprintln!("vp{index}: {counters}");
-            }
-            eprintln!("unclaimed: {} ports, {} addresses", ports.unclaimed(), mmio.unclaimed());
-        }
-        match reason {
-            StopReason::PowerOff | StopReason::Stopped => return Ok(()),
-            StopReason::Reset | StopReason::TripleFault => {}
-            StopReason::Error(what) => bail!(what),
-        }
-    }
+    /// Boot Linux and run it until it powers off
+    Run(run::Run),
+    /// Tell what this host can do, and what to do about what is missing
+    #[command(after_help = "Example:\n  partita doctor")]
+    Doctor,
 }
 
 fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
+    let level = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_env_filter(level)
         .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
         .init();
-    let Command::Run(arguments) = Cli::parse().command;
-    match run(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("partita: {error:#}");
+    let ended = match cli.command {
+        Command::Run(run) => run.run(),
+        Command::Doctor => Ok(if doctor::run() { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+    };
+    ended.unwrap_or_else(|error| {
+        eprintln!("partita: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Says in one line what is wrong with the command line, or prints the help that was asked for.
+fn refuse(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            ExitCode::FAILURE
+        }
+        _ => {
+            // The first paragraph says what is wrong; what follows is usage and hints.
+            let text = error.render().to_string();
+            let what: Vec<&str> = text
+                .lines()
+                .map(str::trim)
+                .take_while(|line| !line.is_empty())
+                .collect();
+            let what = what.join(" ");
+            let what = what.strip_prefix("error: ").unwrap_or(&what);
+            eprintln!("partita: {what}; 'partita --help' and 'partita run --help' list the options");
             ExitCode::FAILURE
         }
     }

@@ -10,7 +10,7 @@ work=/tmp/storage
 mkdir -p $work /lab/out
 cd $work
 head -c 64M /dev/urandom >disk.img
-/lab/bin/with-script "$here/storage.guest.sh" initrd
+with-script "$here/storage.guest.sh" initrd
 
 kvm() { cat /sys/kernel/debug/kvm/$1; }
 

@@ -6,6 +6,7 @@
 
 mod cpuid;
 mod irq;
+mod stats;
 mod synic;
 mod vp;
 
@@ -19,6 +20,7 @@ use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::Killable;
 
+pub use stats::KernelCounters;
 pub use synic::KvmSynic;
 
 use crate::synic::MessageSink;
@@ -174,6 +176,12 @@ impl Partition {
         self.vps.iter().map(vp::Vp::counters).collect()
     }
 
+    /// What the kernel counts of each processor, in order; empty where it tells nothing. To be
+    /// asked before [`Self::run`], and to be read as long as the partition lives.
+    pub fn kernel_counters(&self) -> Vec<KernelCounters> {
+        self.vps.iter().filter_map(vp::Vp::kernel_counters).collect()
+    }
+
     /// A line into the interrupt controllers: 0 to 15 are the PC's IRQs, up to 23 the I/O APIC's.
     pub fn interrupt_line(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, PartitionError> {
         Ok(Arc::new(irq::KvmLine::new(&self.vm, gsi)?))
@@ -202,6 +210,7 @@ impl Partition {
         mmio: &Arc<Bus>,
         sink: &Arc<dyn MessageSink>,
     ) -> StopReason {
+        let kernel_counters = self.kernel_counters();
         let mut threads = Vec::new();
         for vp in self.vps.drain(..) {
             let name = vp.index().to_string();
@@ -219,6 +228,14 @@ impl Partition {
         }
         let reason = self.stop.wait();
         stop_all(threads);
+        for (index, counters) in kernel_counters.iter().enumerate() {
+            let values: Vec<_> = counters
+                .read()
+                .filter(|(_, value)| *value > 0)
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect();
+            tracing::debug!("{}: {}", VpIndex(index as u32), values.join(" "));
+        }
         reason
     }
 }
@@ -229,8 +246,7 @@ impl Partition {
 /// about to enter it, come out ([`vp`] says how none is missed).
 fn stop_all(threads: Vec<JoinHandle<()>>) {
     for thread in &threads {
-        // It fails only when the thread is gone, which is what we want.
-        let _ = thread.kill(vp::KICK_SIGNAL);
+        thread.kill(vp::kick_signal()).expect("the signal exists, and the thread is not joined");
     }
     for thread in threads {
         if thread.join().is_err() {

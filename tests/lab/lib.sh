@@ -19,7 +19,7 @@ fail() {
 guest() {
     kernel=$1 script=$2
     shift 2
-    /lab/bin/with-script "$script" initrd
+    with-script "$script" initrd
     rc=0
     partita run --kernel "/lab/$kernel/vmlinuz" --initrd initrd "$@" >console.raw 2>partita.log </dev/null || rc=$?
     tr -d '\r' <console.raw | tee console.log

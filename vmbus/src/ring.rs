@@ -200,8 +200,7 @@ impl<M: RingMemory> Incoming<M> {
         let size = data_size(&memory)?;
         let cursor = checked_index(memory.control().read_index.load(Ordering::Relaxed), size)?;
         let written = checked_index(memory.control().write_index.load(Ordering::Acquire), size)?;
-        let _ = written;
-        Ok(Self { memory, size, cursor, published: cursor, written: cursor })
+        Ok(Self { memory, size, cursor, published: cursor, written })
     }
 
     /// Bytes in the data area.
@@ -407,6 +406,11 @@ impl<M: RingMemory> Outgoing<M> {
         writer.write(&(u64::from(self.cursor) << 32).to_le_bytes());
         self.cursor = advance(self.cursor, total, self.size);
         Ok(())
+    }
+
+    /// Whether packets were pushed that the other side does not see yet.
+    pub fn has_unpublished(&self) -> bool {
+        self.published != self.cursor
     }
 
     /// Shows all packets pushed so far to the consumer. Returns whether it must be signalled: it

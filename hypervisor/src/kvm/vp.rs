@@ -1,6 +1,6 @@
 //! A virtual processor: its state at power-on, and the loop that runs it and answers its exits.
 //!
-//! To get a processor out of KVM, set what it shall see and send its thread [`KICK_SIGNAL`]. The
+//! To get a processor out of KVM, set what it shall see and send its thread [`kick_signal`]. The
 //! handler runs on that thread and sets `immediate_exit` in the processor's page, so the signal
 //! works at any time: in KVM it interrupts; before KVM it makes the next entry return at once;
 //! after KVM the loop looks at the stop handle anyway.
@@ -22,6 +22,7 @@ use vmm_sys_util::signal::register_signal_handler;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::cpuid::{self, HostFeatures};
+use super::stats::KernelCounters;
 use super::synic::{KvmSynic, SynicPages};
 use super::{HyperV, call};
 use crate::partition::ExitKind;
@@ -31,8 +32,10 @@ use crate::{
     StopReason, VpIndex,
 };
 
-/// The signal that gets a processor out of KVM, counted from the first real-time signal.
-pub(super) const KICK_SIGNAL: i32 = 0;
+/// The signal that gets a processor out of KVM: the first real-time signal that libc leaves us.
+pub(super) fn kick_signal() -> i32 {
+    vmm_sys_util::signal::SIGRTMIN()
+}
 
 thread_local! {
     /// The `immediate_exit` of the processor that runs on this thread.
@@ -52,8 +55,7 @@ fn install_kick_handler() -> Result<(), PartitionError> {
     static INSTALL: Once = Once::new();
     let mut result = Ok(());
     INSTALL.call_once(|| {
-        let signal = vmm_sys_util::signal::SIGRTMIN() + KICK_SIGNAL;
-        result = register_signal_handler(signal, on_kick);
+        result = register_signal_handler(kick_signal(), on_kick);
     });
     result.map_err(call("cannot install a signal handler"))
 }
@@ -127,6 +129,10 @@ impl Vp {
 
     pub(super) fn counters(&self) -> Arc<ExitCounters> {
         Arc::clone(&self.counters)
+    }
+
+    pub(super) fn kernel_counters(&self) -> Option<KernelCounters> {
+        KernelCounters::open(&self.fd)
     }
 
     /// What a PC's firmware leaves behind, beyond KVM's reset state: interrupts of the PICs come

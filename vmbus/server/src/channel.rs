@@ -170,10 +170,11 @@ impl Channel {
     /// Shows the guest what was pushed and gives it the room of what was read; interrupts it if
     /// that is needed, at most once.
     pub fn publish(&mut self) {
-        let signals = u8::from(self.outgoing.publish()) + u8::from(self.incoming.publish());
-        if signals > 0 {
+        let sent = self.outgoing.has_unpublished();
+        let (for_packets, for_room) = (self.outgoing.publish(), self.incoming.publish());
+        if for_packets || for_room {
             self.signal();
-        } else {
+        } else if sent {
             self.counters.interrupts_spared.add(1);
         }
     }
@@ -245,12 +246,14 @@ pub struct ChannelCounters {
     pub interrupts: Counter,
     /// Interrupts that were due while the guest had not yet seen the one before.
     pub interrupts_merged: Counter,
-    /// Batches that needed no interrupt, as the guest was awake.
+    /// Batches of packets that needed no interrupt, as the guest was awake.
     pub interrupts_spared: Counter,
     /// Signals heard from the guest; the worker adds what it reads from its doorbell.
     pub signals: Counter,
     /// How often the worker found nothing to do and went to sleep.
     pub sleeps: Counter,
+    /// System calls of the worker's io_uring; the worker adds them.
+    pub enters: Counter,
 }
 
 /// What the bus's thread is told.

@@ -10,6 +10,8 @@
 //! [`testing`] makes channels with no VM around, both ends in one process.
 
 pub mod channel;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod host;
 mod mapping;
 mod poll;

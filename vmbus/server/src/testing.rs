@@ -174,8 +174,8 @@ impl GuestEnd {
 
     /// Shows the host what was pushed and gives room back; signals it if it wants that.
     pub fn publish(&mut self) {
-        let signals = u8::from(self.outgoing.publish()) + u8::from(self.incoming.publish());
-        if signals > 0 {
+        let (for_packets, for_room) = (self.outgoing.publish(), self.incoming.publish());
+        if for_packets || for_room {
             self.doorbell.write(1).expect("an eventfd");
         }
     }

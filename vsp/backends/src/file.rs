@@ -16,10 +16,11 @@
 //!   since a guest that sees 512-byte sectors would need the above for every other write.
 //!
 //! # Locks
-//! A third descriptor holds the lock (`F_OFD_SETLK` on the whole file, which QEMU and Cloud
-//! Hypervisor also heed) and does nothing else. Descriptors that take part in I/O may be kept alive
-//! by an `io_uring` for a while after the process has gone; this one is closed with the process,
-//! after its I/O, so the next one can start at once.
+//! A third descriptor of a file holds the lock (`F_OFD_SETLK` on the whole of it, which QEMU and
+//! Cloud Hypervisor also heed) and does nothing else. Descriptors that are registered with an
+//! `io_uring` may be kept open by it for a while after the process has gone; this one is closed with
+//! the process, after its I/O, so the next one can start at once. A block device is claimed as well
+//! (`O_EXCL`), which keeps it from being mounted.
 //!
 //! `unsafe` hands addresses to the kernel by [`Uring::push`] and makes two calls that no safe
 //! wrapper has (OFD locks, a probe read).

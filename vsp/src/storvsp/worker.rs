@@ -60,6 +60,8 @@ pub(super) struct Worker {
     /// Whether there was room for another packet when the last one was taken.
     can_take: bool,
     started: Instant,
+    /// How many of the io_uring's system calls the channel's counters know of.
+    enters: u64,
     buffer: Box<[u8]>,
 }
 
@@ -85,6 +87,7 @@ impl Worker {
             may_spin,
             can_take: true,
             started: Instant::now(),
+            enters: 0,
             buffer: vec![0; LONGEST_PACKET].into_boxed_slice(),
             channel,
         })
@@ -181,6 +184,9 @@ impl Worker {
             )?;
             answered += 1;
         }
+        let enters = self.uring.counters().enters;
+        self.channel.counters.enters.add(enters - self.enters);
+        self.enters = enters;
         if answered > 0 {
             self.channel.counters.packets_out.add(u64::from(answered));
             self.channel.publish();

@@ -50,6 +50,19 @@ pub(crate) const L1_MODULES: &[&str] = &[
     "fuse overlay squashfs vfat nls_ascii nls_cp437 isofs crc32c_generic crc32c-intel msr cpuid",
 ];
 
+/// What modprobe reads beside the modules.
+const INDICES: &[&str] = &[
+    "modules.alias",
+    "modules.alias.bin",
+    "modules.builtin",
+    "modules.builtin.alias.bin",
+    "modules.builtin.bin",
+    "modules.dep",
+    "modules.dep.bin",
+    "modules.softdep",
+    "modules.symbols.bin",
+];
+
 /// An unpacked kernel package.
 pub(crate) struct Kernel {
     /// Which build it is.
@@ -113,8 +126,8 @@ impl Kernel {
         for path in &selection {
             archive.copy(&some.join(path), &format!("{inside}/{path}"))?;
         }
-        // The indices that busybox's modprobe reads.
-        for index in ["modules.alias", "modules.builtin", "modules.dep", "modules.symbols"] {
+        // kmod reads the binary indices, busybox the text ones.
+        for index in INDICES {
             archive.copy(&some.join(index), &format!("{inside}/{index}"))?;
         }
         Ok(())

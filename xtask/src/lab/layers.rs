@@ -43,7 +43,7 @@ const TOOLS: &[&str] = &[
     "sg_readcap sg_requests sg_reset sg_start sg_sync sg_turs sg_unmap sg_verify sg_vpd",
     "sg_write_same sg_write_verify",
     "ip tc ss bridge iperf3 ethtool tcpdump",
-    "dash taskset",
+    "dash kmod taskset",
 ];
 
 /// Programs in L1 only.
@@ -58,6 +58,9 @@ const FIRMWARE: &[(&str, &[&str])] = &[
     ("usr/share/seabios", &["bios", "vgabios-stdvga"]),
     ("usr/lib/ipxe/qemu", &["efi-e1000.", "efi-virtio.", "pxe-e1000.", "pxe-virtio."]),
 ];
+
+/// kmod's names.
+const KMOD_LINKS: &[&str] = &["modprobe", "insmod", "rmmod", "lsmod", "modinfo"];
 
 /// Makes layers in a folder.
 pub(crate) struct Layers<'a> {
@@ -172,6 +175,8 @@ impl<'a> Layers<'a> {
         archive.symlink("etc/mtab", "/proc/self/mounts")?;
         archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
         archive.file("etc/group", 0o644, b"root:x:0:\n")?;
+        // What mount tries on a disk when it is not told a type.
+        archive.file("etc/filesystems", 0o644, b"ext4\nvfat\niso9660\n")?;
         archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n")?;
 
         let busybox = self.packages.sysroot.program("busybox")?;
@@ -189,8 +194,11 @@ impl<'a> Layers<'a> {
         }
         archive.symlink("bin/sh", "../usr/bin/dash")?;
         // The paths the kernel and scripts name.
-        archive.symlink("sbin", "bin")?;
+        archive.symlink("sbin", "usr/bin")?;
         archive.symlink("usr/sbin", "bin")?;
+        for link in KMOD_LINKS {
+            archive.symlink(&format!("usr/bin/{link}"), "kmod")?;
+        }
         Ok(())
     }
 

@@ -87,8 +87,11 @@ pub(super) struct Alignment {
 pub(super) struct Image {
     pub(super) buffered: File,
     pub(super) direct: Option<(File, Alignment)>,
-    /// Holds the lock, and does nothing else.
-    _lock: File,
+    /// Holds a file's lock, and does nothing else.
+    _lock: Option<File>,
+    /// A block device, whose buffered descriptor holds the lock and the claim. The kernel has to
+    /// see the claim on the descriptor by which it is to drop cached pages before it zeroes.
+    pub(super) is_device: bool,
     pub(super) size: u64,
     pub(super) read_only: bool,
     pub(super) punch_hole: bool,
@@ -162,7 +165,10 @@ impl FileDisk {
                 false => Err(io::ErrorKind::NotFound.into()),
             }
         };
-        let buffered = reopen(0).map_err(unreadable)?;
+        let (buffered, lock) = match block_device {
+            true => (lock, None),
+            false => (reopen(0).map_err(unreadable)?, Some(lock)),
+        };
         let direct = match options.direct {
             Direct::Off => None,
             Direct::Auto | Direct::On => {
@@ -198,12 +204,18 @@ impl FileDisk {
             buffered,
             direct,
             _lock: lock,
+            is_device: block_device,
             size,
             read_only: options.read_only,
             punch_hole: talents.punch_hole,
             zero_range: talents.zero_range,
         };
         Ok(Self { image: Arc::new(image), geometry })
+    }
+
+    #[cfg(test)]
+    pub(super) fn image(&self) -> Arc<Image> {
+        Arc::clone(&self.image)
     }
 
     /// Whether aligned requests go past the host's page cache.
@@ -230,13 +242,13 @@ fn open_to_lock(path: &Path, options: &OpenOptions, block_device: bool) -> Resul
     // On a block device, O_EXCL claims it from file systems and other drivers.
     let claim = block_device && options.lock && !options.read_only;
     let flags = if claim { libc::O_EXCL } else { 0 };
-    open(!options.read_only, flags | libc::O_NONBLOCK).map_err(|source| {
+    open(!options.read_only, flags).map_err(|source| {
         let path = path.to_owned();
         match source.raw_os_error() {
             Some(libc::ENOENT) => OpenError::Missing { path },
             Some(libc::EBUSY) if claim => OpenError::InUse { path },
             Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ETXTBSY)
-                if !options.read_only && open(false, libc::O_NONBLOCK).is_ok() =>
+                if !options.read_only && open(false, 0).is_ok() =>
             {
                 OpenError::NotWritable { path, source }
             }

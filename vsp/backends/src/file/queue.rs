@@ -177,7 +177,11 @@ pub(super) struct FileQueue {
 
 impl FileQueue {
     pub(super) fn new(image: Arc<Image>, tag: Tag, depth: u16, uring: &mut Uring) -> Self {
-        let buffered = uring.register_file(image.buffered.as_fd());
+        // What holds a lock is not registered: the ring would keep it for longer than the process.
+        let buffered = match image.is_device {
+            true => Target::descriptor(image.buffered.as_fd()),
+            false => uring.register_file(image.buffered.as_fd()),
+        };
         let direct = image
             .direct
             .as_ref()
@@ -448,4 +452,126 @@ impl Drop for FileQueue {
 
 fn host_error(error: &io::Error) -> BlockError {
     BlockError::from_errno(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Disk;
+    use crate::file::{FileDisk, OpenOptions};
+
+    const WRITE: Operation = Operation::Write { fua: false };
+
+    /// A queue with direct I/O whose only request has been taken and not handed over, so that a
+    /// test can say what the kernel has answered.
+    struct Scripted {
+        queue: FileQueue,
+        _uring: Uring,
+        _memory: Box<Page>,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Scripted {
+        fn new(operation: Operation) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("disk.img");
+            std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+            let disk = FileDisk::open(&path, &OpenOptions::default()).unwrap();
+            assert_eq!(disk.geometry().size, 1 << 20);
+            let mut uring = Uring::new(8).unwrap();
+            let mut queue = FileQueue::new(disk.image(), Tag(1), 1, &mut uring);
+            queue.direct = Some((queue.buffered, Alignment { memory: 512, offset: 512 }));
+            (queue.punch_hole, queue.zero_range) = (true, true);
+            let mut memory = Box::new(Page([0; 4096]));
+            let buffers = [Buffer::from(memory.0.as_mut_slice())];
+            let request = Request { id: 0, operation, offset: 0, len: 4096, buffers: &buffers };
+            let mut done = Completions::default();
+            // SAFETY: the memory is dropped after the ring.
+            unsafe { queue.submit(request, &mut uring, &mut done) };
+            assert_eq!((done.len(), queue.in_flight()), (0, 1));
+            Self { queue, _uring: uring, _memory: memory, _directory: directory }
+        }
+
+        /// How the request goes on after a result, if it does.
+        fn method_after(&mut self, result: i32) -> Result<Method, Result<u64, BlockErrorKind>> {
+            match self.queue.after(0, result) {
+                Some(end) => Err(end.map_err(|error| error.kind)),
+                None => Ok(self.queue.slots[0].method),
+            }
+        }
+    }
+
+    #[test]
+    fn a_busy_kernel_is_asked_again_but_not_for_ever() {
+        let mut read = Scripted::new(Operation::Read);
+        for _ in 0..MAX_ATTEMPTS {
+            assert_eq!(read.method_after(-libc::EAGAIN), Ok(Method::Direct));
+        }
+        assert_eq!(read.method_after(-libc::EAGAIN), Err(Err(BlockErrorKind::Io)));
+        let mut read = Scripted::new(Operation::Read);
+        assert_eq!(read.method_after(-libc::EINTR), Ok(Method::Direct));
+        assert_eq!(read.method_after(4096), Err(Ok(4096)));
+    }
+
+    #[test]
+    fn a_short_transfer_goes_on_where_it_stopped() {
+        let mut write = Scripted::new(WRITE);
+        assert_eq!(write.method_after(512), Ok(Method::Direct));
+        let slot = &write.queue.slots[0];
+        assert_eq!((slot.offset, slot.left, slot.rest()[0].len()), (512, 3584, 3584));
+        // From the middle of a sector there is no way around the page cache.
+        assert_eq!(write.method_after(100), Ok(Method::Buffered));
+        assert_eq!(write.method_after(412), Ok(Method::Direct));
+        assert_eq!(write.method_after(3072), Err(Ok(4096)));
+        let mut read = Scripted::new(Operation::Read);
+        assert_eq!(read.method_after(100), Ok(Method::Buffered));
+        assert_eq!(read.method_after(0), Err(Err(BlockErrorKind::Io)));
+    }
+
+    #[test]
+    fn a_host_that_is_pickier_than_it_said() {
+        let mut read = Scripted::new(Operation::Read);
+        assert_eq!(read.method_after(-libc::EINVAL), Ok(Method::Buffered));
+        assert_eq!(read.method_after(-libc::EINVAL), Err(Err(BlockErrorKind::Io)));
+        let mut write = Scripted::new(WRITE);
+        assert_eq!(write.method_after(-libc::EINVAL), Ok(Method::Copy));
+        assert_eq!(write.method_after(-libc::EINVAL), Ok(Method::Buffered));
+        assert_eq!(write.method_after(-libc::ENOSPC), Err(Err(BlockErrorKind::NoSpace)));
+    }
+
+    #[test]
+    fn zeroes_get_there_one_way_or_another() {
+        let refused = -libc::EOPNOTSUPP;
+        let mut unmap = Scripted::new(Operation::WriteZeroes { may_unmap: true });
+        assert_eq!(unmap.queue.slots[0].method, Method::PunchHole);
+        assert_eq!(unmap.method_after(refused), Ok(Method::ZeroRange));
+        assert_eq!(unmap.method_after(refused), Ok(Method::WriteZeroes));
+        assert_eq!(unmap.method_after(4096), Err(Ok(4096)));
+        let mut keep = Scripted::new(Operation::WriteZeroes { may_unmap: false });
+        assert_eq!(keep.queue.slots[0].method, Method::ZeroRange);
+        assert_eq!(keep.method_after(refused), Ok(Method::PunchHole));
+        assert_eq!(keep.method_after(0), Err(Ok(4096)));
+        let mut odd = Scripted::new(Operation::WriteZeroes { may_unmap: true });
+        assert_eq!(odd.method_after(-libc::EINVAL), Ok(Method::WriteZeroes));
+        assert!(odd.queue.punch_hole, "another range may do");
+    }
+
+    #[test]
+    fn a_discard_is_a_hint() {
+        let mut discard = Scripted::new(Operation::Discard);
+        assert_eq!(discard.method_after(-libc::EOPNOTSUPP), Err(Ok(4096)));
+        assert!(!discard.queue.punch_hole);
+        let mut discard = Scripted::new(Operation::Discard);
+        assert_eq!(discard.method_after(-libc::EIO), Err(Err(BlockErrorKind::Io)));
+    }
+
+    #[test]
+    fn neighbouring_buffers_are_joined() {
+        let mut slot = Slot::new();
+        slot.left = 3 * 4096;
+        let at = |page: usize| Buffer::new(ptr::without_provenance_mut(page * 4096), 4096);
+        slot.set_pieces(&[at(1), at(2), at(9), at(10)]);
+        let pieces: Vec<_> = slot.rest().iter().map(|b| (b.address().addr(), b.len())).collect();
+        assert_eq!(pieces, [(4096, 8192), (9 * 4096, 4096)]);
+    }
 }

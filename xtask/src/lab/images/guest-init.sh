@@ -13,23 +13,23 @@ mount -t tmpfs tmp /tmp
 mount -t devpts pts /dev/pts
 ln -s /proc/self/fd /dev/fd
 
-# Loads the drivers for the devices of these buses.
+# Loads the drivers for the devices of these buses. busybox's modprobe starts in a third of the time of kmod's.
 coldplug() {
     for bus; do
         cat /sys/bus/"$bus"/devices/*/modalias 2>/dev/null
-    done | sort -u | xargs modprobe -abq
+    done | sort -u | xargs busybox modprobe -abq
 }
 
 coldplug acpi pci
 if [ -d /sys/bus/vmbus ]; then
     # The host's offers may still be on their way: take the drivers in any case.
-    modprobe -aq hv_storvsc sd_mod hv_netvsc hv_utils hyperv_keyboard hv_balloon
+    busybox modprobe -aq hv_storvsc sd_mod hv_netvsc hv_utils hyperv_keyboard hv_balloon
 fi
 if [ -d /sys/bus/virtio ]; then
     coldplug virtio
 fi
 if [ -d /sys/bus/scsi ]; then
-    modprobe -aq sd_mod sr_mod
+    busybox modprobe -aq sd_mod sr_mod
 fi
 read -r uptime _ </proc/uptime
 echo "guest: drivers at $uptime s"

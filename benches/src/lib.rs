@@ -1,0 +1,1 @@
+//! What the synthetic devices cost, measured without a VM: both ends in one process.

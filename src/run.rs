@@ -1,0 +1,178 @@
+//! `partita run`: a machine with disks, from the command line to its end.
+//!
+//! Disks are opened first and stay open and locked over the guest's restarts; everything else is
+//! made anew at each, which is what a reset means.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use backends::block::Disk;
+use backends::file::{Direct, FileDisk, OpenOptions};
+use clap::Args;
+use hypervisor::StopReason;
+use vmbus_server::{Device, Host};
+use vsp::storvsp::ControllerBuilder;
+
+use crate::machine::{Machine, MachineConfig};
+use crate::options::{Attach, DiskOption, SerialOption, Size};
+use crate::statistics::Statistics;
+use crate::terminal::Console;
+
+/// A guest's first machine and its restarts.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2
+  partita run --kernel vmlinuz --disk path=a.img --disk path=b.img,readonly=on,lun=5 \\
+      --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
+
+Disks take path=PATH and, separated by commas: attach=scsi, controller=0..3, lun=0..63,
+readonly=on|off, direct=on|off, id=NAME. A comma in a value is written twice.")]
+pub struct Run {
+    /// The kernel: a bzImage or an ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// The initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "STRING", default_value = "console=ttyS0 panic=-1")]
+    cmdline: String,
+    /// Memory, such as 512M or 4G
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    memory: Size,
+    /// Virtual processors
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// A disk: path=PATH[,KEY=VALUE]…; may be given several times
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<DiskOption>,
+    /// Where the serial port leads: stdio, null or file:PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: SerialOption,
+    /// Print what was counted when the guest has ended
+    #[arg(long)]
+    stats: bool,
+}
+
+/// The least memory that anything boots in.
+const LEAST_MEMORY: u64 = 32 << 20;
+
+/// A disk and where the guest sees it.
+struct Attached {
+    disk: Arc<dyn Disk>,
+    controller: u8,
+    lun: Option<u8>,
+}
+
+impl Run {
+    /// Runs the guest until it powers off.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let Size(memory) = self.memory;
+        if memory < LEAST_MEMORY {
+            bail!("--memory: {memory} bytes are too little to boot in; give it 512M or so");
+        }
+        if !memory.is_multiple_of(4096) {
+            bail!("--memory: {memory} bytes is not a multiple of 4096");
+        }
+        let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
+        // Places are checked before anything is started.
+        controllers(&disks, self.cpus)?;
+        let config = MachineConfig {
+            kernel: self.kernel,
+            initrd: self.initrd,
+            command_line: self.cmdline,
+            memory,
+            vps: self.cpus,
+        };
+        let mut console = None;
+        let mut serial_file = None;
+        loop {
+            // The serial port's file is made when all else has worked.
+            let mut machine = Machine::new(&config, || serial(&self.serial, &mut serial_file))?;
+            if console.is_none() {
+                console = Some(Console::new(self.serial == SerialOption::Stdio)?);
+            }
+            let console = console.as_ref().expect("just made");
+            console.attach(&machine);
+
+            let devices = controllers(&disks, config.vps)?;
+            let host =
+                Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
+                    .context("cannot start the VMBus")?;
+            let statistics = Statistics::new(&machine);
+            let reason = machine.run(&host.sink());
+            console.detach();
+            if self.stats {
+                statistics.print(&host);
+            }
+            host.stop();
+            drop(machine);
+            match reason {
+                StopReason::PowerOff => return Ok(ExitCode::SUCCESS),
+                StopReason::Reset | StopReason::TripleFault => {}
+                StopReason::Stopped => bail!("stopped before the guest powered off"),
+                StopReason::Error(what) => bail!(what),
+            }
+        }
+    }
+}
+
+fn open(option: &DiskOption) -> anyhow::Result<Attached> {
+    let options = OpenOptions {
+        read_only: option.read_only,
+        direct: match option.direct {
+            None => Direct::Auto,
+            Some(true) => Direct::On,
+            Some(false) => Direct::Off,
+        },
+        lock: true,
+        id: option.id.clone(),
+    };
+    let disk = FileDisk::open(&option.path, &options)?;
+    let Attach::Scsi = option.attach;
+    Ok(Attached { disk: Arc::new(disk), controller: option.controller, lun: option.lun })
+}
+
+/// The SCSI controllers with their disks. Disks that name a LUN get it, the others what is left.
+fn controllers(disks: &[Attached], vps: u32) -> anyhow::Result<Vec<Box<dyn Device>>> {
+    let mut builders = BTreeMap::new();
+    let (named, unnamed): (Vec<_>, Vec<_>) = disks.iter().partition(|disk| disk.lun.is_some());
+    for Attached { disk, controller, lun } in named.into_iter().chain(unnamed) {
+        builders
+            .entry(*controller)
+            .or_insert_with(|| ControllerBuilder::new(*controller))
+            .attach(*lun, Arc::clone(disk))
+            .with_context(|| format!("--disk on controller {controller}"))?;
+    }
+    Ok(builders
+        .into_values()
+        .map(|builder| Box::new(builder.build(vps)) as Box<dyn Device>)
+        .collect())
+}
+
+/// Where the serial port's output goes. A file is made once and written on over restarts.
+fn serial(
+    option: &SerialOption,
+    file: &mut Option<File>,
+) -> anyhow::Result<Box<dyn Write + Send>> {
+    Ok(match option {
+        SerialOption::Stdio => Box::new(io::stdout()),
+        SerialOption::Null => Box::new(io::sink()),
+        SerialOption::File(path) => {
+            let file = match file {
+                Some(file) => file,
+                None => file.insert(
+                    File::create(path)
+                        .with_context(|| format!("cannot write the serial port's output to {}", path.display()))?,
+                ),
+            };
+            Box::new(file.try_clone()?)
+        }
+    })
+}

@@ -1,0 +1,103 @@
+//! Requests in flight, by the transaction id under which the root answers them.
+//!
+//! An id is the slot, in its lower half, and the slot's generation, which counts its requests, in
+//! the upper. So an answer is to exactly one request, and one that comes twice, or never was
+//! asked for, is known as such.
+
+use super::Fault;
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    /// Of the request in flight, or the last that was.
+    generation: u32,
+    busy: bool,
+    /// Bytes to transfer.
+    len: u32,
+}
+
+/// As many slots as may be in flight.
+#[derive(Debug)]
+pub(super) struct Table<const DEPTH: usize> {
+    entries: [Entry; DEPTH],
+    in_flight: usize,
+}
+
+impl<const DEPTH: usize> Table<DEPTH> {
+    pub(super) const fn new() -> Self {
+        const { assert!(DEPTH > 0 && DEPTH <= u16::MAX as usize) };
+        Self { entries: [Entry { generation: 0, busy: false, len: 0 }; DEPTH], in_flight: 0 }
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// The id for the next request of `slot`; `None` if there is no such slot or it is busy.
+    #[inline]
+    pub(super) fn next_id(&self, slot: u16) -> Option<u64> {
+        let entry = self.entries.get(usize::from(slot)).filter(|entry| !entry.busy)?;
+        Some(u64::from(next(entry.generation)) << 32 | u64::from(slot))
+    }
+
+    /// The request of `slot` is on its way.
+    #[inline]
+    pub(super) fn begin(&mut self, slot: u16, len: u32) {
+        if let Some(entry) = self.entries.get_mut(usize::from(slot)) {
+            *entry = Entry { generation: next(entry.generation), busy: true, len };
+            self.in_flight += 1;
+        }
+    }
+
+    /// The answer with this id has come. Returns the slot, which is free again, and how many bytes
+    /// were to be transferred.
+    #[inline]
+    pub(super) fn end(&mut self, id: u64) -> Result<(u16, u32), Fault> {
+        let (generation, slot) = ((id >> 32) as u32, id as u32);
+        let slot = u16::try_from(slot).map_err(|_| Fault::UnknownAnswer(id))?;
+        let entry =
+            self.entries.get_mut(usize::from(slot)).ok_or(Fault::UnknownAnswer(id))?;
+        if generation != entry.generation || generation == 0 {
+            return Err(Fault::UnknownAnswer(id));
+        }
+        if !core::mem::take(&mut entry.busy) {
+            return Err(Fault::AnsweredTwice(id));
+        }
+        self.in_flight -= 1;
+        Ok((slot, entry.len))
+    }
+}
+
+/// 0 is left out, so that no id is 0.
+fn next(generation: u32) -> u32 {
+    generation.wrapping_add(1).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_answer_is_to_one_request() {
+        let mut table = Table::<2>::new();
+        let first = table.next_id(1).unwrap();
+        assert_eq!(table.end(first), Err(Fault::UnknownAnswer(first)));
+        table.begin(1, 10);
+        assert_eq!(table.next_id(1), None);
+        assert_eq!(table.end(first), Ok((1, 10)));
+        assert_eq!(table.end(first), Err(Fault::AnsweredTwice(first)));
+        table.begin(1, 20);
+        // An answer to the slot's request before is not one to this.
+        assert_eq!(table.end(first), Err(Fault::UnknownAnswer(first)));
+        assert_eq!(table.in_flight(), 1);
+        for id in [0, 1, 2, 1 << 32, u64::MAX, first | 1 << 31] {
+            assert_eq!(table.end(id), Err(Fault::UnknownAnswer(id)));
+        }
+        assert_eq!(table.next_id(2), None);
+    }
+
+    #[test]
+    fn no_id_is_ever_zero() {
+        assert_eq!(next(u32::MAX), 1);
+        assert_ne!(Table::<1>::new().next_id(0), Some(0));
+    }
+}
