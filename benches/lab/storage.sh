@@ -9,7 +9,7 @@ rounds=${ROUNDS:-2}
 work=/tmp/storage
 mkdir -p $work /lab/out
 cd $work
-head -c 64M /dev/urandom >disk.img
+dd if=/dev/urandom of=disk.img bs=1M count=64 2>/dev/null
 with-script "$here/storage.guest.sh" initrd
 
 kvm() { cat /sys/kernel/debug/kvm/$1; }

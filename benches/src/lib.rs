@@ -1,1 +1,37 @@
-//! What the synthetic devices cost, measured without a VM: both ends in one process.
+//! What the synthetic devices cost, measured without a VM: a guest's client and the root's service
+//! provider in one process, over the same rings, at the host's native speed.
+//!
+//! - [`ring`]: packets a second through one ring.
+//! - [`rig`]: storvsc against storvsp over any disk; a worker thread on one side, the caller on the
+//!   other.
+//! - [`fio`]: the same reads by fio, for comparison.
+//!
+//! `cargo bench -p benches` runs the small ones under criterion; the program `storage` does the
+//! long ones and prints tables. Figures of one machine and one run compare; others do not.
+
+pub mod fio;
+pub mod rig;
+pub mod ring;
+pub mod stats;
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// Has this thread, and those it starts from now on, run on processor `cpu` only, counted from 0
+/// among those that are allowed; any of them if `None`. Does nothing where there is but one.
+pub fn pin(allowed: &CpuSet, cpu: Option<usize>) {
+    let mut wanted = *allowed;
+    if let Some(index) = cpu {
+        let mut present = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu));
+        if let Some(cpu) = present.nth(index) {
+            wanted = CpuSet::new();
+            wanted.set(cpu);
+        }
+    }
+    // Without it, figures are noisier; that is all.
+    let _ = sched_setaffinity(None, &wanted);
+}
+
+/// The processors this process may use.
+pub fn processors() -> CpuSet {
+    sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new())
+}

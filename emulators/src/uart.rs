@@ -49,6 +49,7 @@ impl Uart {
         let queue = output.clone();
         let writer = std::thread::Builder::new()
             .name("serial-out".to_owned())
+            .stack_size(64 << 10)
             .spawn(move || queue.write_to(sink))?;
         Ok(Self { registers, output, writer: Some(writer) })
     }

@@ -61,6 +61,10 @@ pub struct Partition {
     stop: StopHandle,
 }
 
+/// Bytes of stack for a processor's thread: ample for devices and message handlers, and too little
+/// for the host to back it with a huge page.
+const VP_STACK: usize = 256 << 10;
+
 /// Turns an error of KVM into ours.
 fn call<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> PartitionError {
     move |source| PartitionError::Call { what, source: source.into() }
@@ -216,8 +220,8 @@ impl Partition {
             let name = vp.index().to_string();
             let buses = vp::Buses { ports: Arc::clone(ports), mmio: Arc::clone(mmio) };
             let sink = Arc::clone(sink);
-            let spawned =
-                std::thread::Builder::new().name(name).spawn(move || vp.run(&buses, &*sink));
+            let builder = std::thread::Builder::new().name(name).stack_size(VP_STACK);
+            let spawned = builder.spawn(move || vp.run(&buses, &*sink));
             match spawned {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {

@@ -396,7 +396,7 @@ impl<M: RingMemory> Outgoing<M> {
 
         let descriptor = Descriptor { kind, offset8, len8, flags, transaction_id };
         let (a, b) = span(self.memory.data(), self.cursor, total);
-        let mut writer = WordWriter { words: a.iter().chain(b), partial: [0; 8], filled: 0 };
+        let mut writer = WordWriter { words: a, after: b, partial: [0; 8], filled: 0 };
         writer.write(descriptor.as_bytes());
         writer.write(headers);
         for part in payload {
@@ -446,16 +446,34 @@ impl<M: RingMemory> Outgoing<M> {
 }
 
 /// Gathers bytes into words of the ring.
-struct WordWriter<I> {
-    words: I,
+struct WordWriter<'m> {
+    /// Where the next words go,
+    words: &'m [AtomicU64],
+    /// and where those after them.
+    after: &'m [AtomicU64],
     partial: [u8; 8],
     filled: usize,
 }
 
-impl<'m, I: Iterator<Item = &'m AtomicU64>> WordWriter<I> {
-    fn put(&mut self, word: [u8; 8]) {
-        if let Some(to) = self.words.next() {
-            to.store(u64::from_le_bytes(word), Ordering::Relaxed);
+impl WordWriter<'_> {
+    fn put(&mut self, mut words: &[[u8; 8]]) {
+        while !words.is_empty() {
+            if self.words.is_empty() {
+                self.words = core::mem::take(&mut self.after);
+            }
+            let count = words.len().min(self.words.len());
+            let (Some((to, later)), Some((from, rest))) =
+                (self.words.split_at_checked(count), words.split_at_checked(count))
+            else {
+                return;
+            };
+            if count == 0 {
+                return;
+            }
+            for (to, from) in to.iter().zip(from) {
+                to.store(u64::from_le_bytes(*from), Ordering::Relaxed);
+            }
+            (self.words, words) = (later, rest);
         }
     }
 
@@ -472,12 +490,10 @@ impl<'m, I: Iterator<Item = &'m AtomicU64>> WordWriter<I> {
                 return;
             }
             self.filled = 0;
-            self.put(self.partial);
+            self.put(&[self.partial]);
         }
         let (whole, rest) = bytes.as_chunks::<8>();
-        for word in whole {
-            self.put(*word);
-        }
+        self.put(whole);
         if let Some(to) = self.partial.get_mut(..rest.len()) {
             to.copy_from_slice(rest);
         }

@@ -13,13 +13,15 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{progress, workspace};
+use crate::progress::{self, Step};
+use crate::workspace;
+use cpio::Archive;
 use kernel::Kernel;
 use layers::Layers;
 use packages::{Packages, empty_folder};
@@ -55,8 +57,6 @@ pub(crate) struct LabOptions {
     pub(crate) partita: Option<PathBuf>,
     /// Whether to look for newer packages.
     pub(crate) refresh: bool,
-    /// Whether the command's output is shown as it comes.
-    pub(crate) show: bool,
     /// The command and its arguments.
     pub(crate) command: Vec<String>,
 }
@@ -72,7 +72,6 @@ impl Default for LabOptions {
             timeout: Duration::from_secs(600),
             partita: None,
             refresh: false,
-            show: true,
             command: Vec::new(),
         }
     }
@@ -109,12 +108,13 @@ impl std::str::FromStr for LabFile {
     }
 }
 
+/// Takes what a command in L1 writes, as it comes and without carriage returns.
+pub(crate) type Sink<'a> = dyn FnMut(&[u8]) + Send + 'a;
+
 /// What came of a call.
 pub(crate) struct LabOutcome {
     /// The command's exit status.
     pub(crate) status: u8,
-    /// All the command wrote.
-    pub(crate) output: String,
     /// What the command left in /lab/out.
     pub(crate) out_dir: PathBuf,
 }
@@ -123,7 +123,7 @@ pub(crate) struct LabOutcome {
 pub(crate) struct GuestImages {
     /// Debian's cloud kernel.
     pub(crate) kernel: PathBuf,
-    /// The guest's initramfs, without a script.
+    /// The guest's initramfs.
     pub(crate) initrd: PathBuf,
 }
 
@@ -132,8 +132,24 @@ fn folder() -> PathBuf {
     workspace::target_dir().join("lab")
 }
 
-/// Runs a command in an L1 of its own.
+/// Runs a command in an L1 of its own and shows its output as it comes.
 pub(crate) fn run(options: &LabOptions) -> Result<LabOutcome> {
+    run_with(options, &mut |text| {
+        // Whoever reads us may have gone; the run goes on for its status.
+        let mut stdout = io::stdout().lock();
+        let _ = stdout.write_all(text).and_then(|()| stdout.flush());
+    })
+}
+
+/// Brings the lab's packages here, by which alone a machine may be unfit for the lab.
+pub(crate) fn prepare() -> Result<()> {
+    let folder = folder();
+    let _lock = lock(&folder)?;
+    Packages::ensure(&folder, false).map(drop)
+}
+
+/// Runs a command in an L1 of its own and hands its output to `sink` piece by piece.
+pub(crate) fn run_with(options: &LabOptions, sink: &mut Sink) -> Result<LabOutcome> {
     if options.command.is_empty() {
         bail!("the lab needs a command to run");
     }
@@ -170,18 +186,23 @@ pub(crate) fn run(options: &LabOptions) -> Result<LabOutcome> {
     empty_folder(&out_dir)?;
     concatenate(&stack, &run.join("initrd"))?;
     let l1 = L1 { run, packages: &packages, options };
-    let (status, output) = l1.live()?;
+    let status = l1.live(sink)?;
     l1.unpack_result(&out_dir)?;
-    Ok(LabOutcome { status, output, out_dir })
+    Ok(LabOutcome { status, out_dir })
 }
 
-/// The cloud kernel and the guest's initramfs, made if need be.
-pub(crate) fn guest_images() -> Result<GuestImages> {
+/// The cloud kernel, and in the folder `into` the guest's initramfs with this script: what a guest needs outside L1.
+pub(crate) fn guest_images(script: &str, into: &Path) -> Result<GuestImages> {
     let folder = folder();
     let _lock = lock(&folder)?;
     let packages = Packages::ensure(&folder, false)?;
     let kernel = packages.kernels.first().map(Kernel::image).context("the lab has no kernel")?;
-    let initrd = Layers::new(&packages, folder.join("layers"))?.guest()?;
+    let guest = Layers::new(&packages, folder.join("layers"))?.guest()?;
+    let (layer, initrd) = (into.join("script.cpio"), into.join("initrd"));
+    let mut archive = Archive::create(&layer)?;
+    archive.file("script", 0o644, script.as_bytes())?;
+    archive.finish()?;
+    concatenate(&[guest, layer], &initrd)?;
     Ok(GuestImages { kernel, initrd })
 }
 
@@ -208,9 +229,9 @@ fn concatenate(parts: &[PathBuf], whole: &Path) -> Result<()> {
 }
 
 /// An argument vector as a line for a shell.
-fn shell_line(command: &[String]) -> String {
+pub(crate) fn shell_line(command: &[impl AsRef<str>]) -> String {
     let words: Vec<_> =
-        command.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''"))).collect();
+        command.iter().map(|word| format!("'{}'", word.as_ref().replace('\'', r"'\''"))).collect();
     words.join(" ")
 }
 
@@ -222,35 +243,21 @@ struct L1<'a> {
 }
 
 impl L1<'_> {
-    /// Starts L1, passes its output on, and returns the command's status and output.
-    fn live(&self) -> Result<(u8, String)> {
+    /// Starts L1, passes its output on, and returns the command's status.
+    fn live(&self, sink: &mut Sink) -> Result<u8> {
         let step = progress::step("lab: starting L1");
         let mut qemu = self.start()?;
         let mut stdout = qemu.stdout.take().context("QEMU has no output")?;
-        let show = self.options.show;
-        let relay = thread::spawn(move || pass_on(&mut stdout, show));
-
-        let mut step = Some(step);
-        let started = Instant::now();
-        let ended = loop {
-            if let Some(ended) = qemu.try_wait()? {
-                break Some(ended);
-            }
-            if started.elapsed() > self.options.timeout {
-                qemu.kill()?;
-                qemu.wait()?;
-                break None;
-            }
-            if step.is_some() && self.said("up").is_some() {
-                step = None;
-            }
-            thread::sleep(Duration::from_millis(20));
-        };
-        drop(step);
-        let output = relay.join().expect("the relay does not panic").context("lost L1's output")?;
+        let (ended, relayed) = thread::scope(|scope| {
+            let relay = scope.spawn(move || pass_on(&mut stdout, sink));
+            let ended = self.wait(&mut qemu, step);
+            (ended, relay.join().expect("the relay does not panic"))
+        });
+        relayed.context("lost L1's output")?;
+        let ended = ended?;
 
         if let Some(status) = self.said("exit").and_then(|status| status.parse().ok()) {
-            return Ok((status, output));
+            return Ok(status);
         }
         let what = match ended {
             None => format!("the lab did not end within {} s", self.options.timeout.as_secs()),
@@ -258,6 +265,27 @@ impl L1<'_> {
             Some(ended) => format!("QEMU failed ({ended}): {}", self.tail("qemu.stderr", 1)),
         };
         bail!("{what}; the end of its console:\n{}", self.tail("console", TAIL));
+    }
+
+    /// Waits for the end of QEMU, or until the time is up and it is ended: then there is no status. The step is
+    /// over once L1 is up.
+    fn wait(&self, qemu: &mut Child, step: Step) -> Result<Option<ExitStatus>> {
+        let mut step = Some(step);
+        let started = Instant::now();
+        loop {
+            if let Some(ended) = qemu.try_wait()? {
+                return Ok(Some(ended));
+            }
+            if started.elapsed() > self.options.timeout {
+                qemu.kill()?;
+                qemu.wait()?;
+                return Ok(None);
+            }
+            if step.is_some() && self.said("up").is_some() {
+                step = None;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     fn start(&self) -> Result<Child> {
@@ -304,8 +332,10 @@ impl L1<'_> {
         let status = fs::read_to_string(self.run.join("status")).ok()?;
         // A line counts once it is whole.
         let whole = status.rsplit_once('\n')?.0;
-        let last =
-            whole.lines().filter_map(|line| line.strip_prefix(keyword)?.strip_prefix(' ')).last();
+        let last = whole
+            .lines()
+            .filter_map(|line| line.strip_prefix(keyword)?.strip_prefix(' '))
+            .next_back();
         last.map(str::to_owned)
     }
 
@@ -339,22 +369,16 @@ impl L1<'_> {
     }
 }
 
-/// Copies L1's output to ours as it comes, without carriage returns, and returns it whole.
-fn pass_on(from: &mut impl Read, show: bool) -> io::Result<String> {
-    let mut whole = Vec::new();
+/// Hands L1's output to the sink as it comes, without carriage returns.
+fn pass_on(from: &mut impl Read, sink: &mut Sink) -> io::Result<()> {
     let mut buffer = vec![0; 32 << 10];
     loop {
         let count = from.read(&mut buffer)?;
         if count == 0 {
-            return Ok(String::from_utf8_lossy(&whole).into_owned());
+            return Ok(());
         }
         let text: Vec<u8> = buffer[..count].iter().copied().filter(|&byte| byte != b'\r').collect();
-        if show {
-            // Whoever reads us may have gone; the run goes on for its status.
-            let mut stdout = io::stdout().lock();
-            let _ = stdout.write_all(&text).and_then(|()| stdout.flush());
-        }
-        whole.extend(text);
+        sink(&text);
     }
 }
 

@@ -8,9 +8,12 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use lab::{LabFile, LabOptions};
+use test::TestOptions;
 
+mod demo;
 mod lab;
 mod progress;
+mod test;
 mod workspace;
 
 #[derive(Parser)]
@@ -22,10 +25,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Chore {
+    Demo(DemoArgs),
+    Test(TestArgs),
     Lab(LabArgs),
 }
 
-/// Run a command beside a real KVM, on any machine.
+/// Run a command beside a real KVM, on any machine
 ///
 /// Starts a Debian Linux under emulation (L1) whose KVM boots unmodified guests (L2), and runs the command there
 /// with `partita` on its PATH. In L1: /lab/cloud/vmlinuz and /lab/full/vmlinuz, Debian's kernels; /lab/initrd, an
@@ -67,6 +72,42 @@ struct LabArgs {
     command: Vec<String>,
 }
 
+/// Boot Debian Linux with a disk made for it, and watch it work on the disk
+///
+/// The guest runs on this host's KVM where that can be a Hyper-V host, and in the lab elsewhere.
+/// The disk is a scratch file that goes away with the guest.
+#[derive(Args)]
+#[command(after_help = "Example:\n  cargo xtask demo")]
+struct DemoArgs {
+    /// Take the guest to the lab even if this host could run it
+    #[arg(long)]
+    lab: bool,
+}
+
+/// Run all tests: formatting, lints, tests in process, loom, fuzzers, guests in the lab
+///
+/// The last line counts them: `N passed, N failed, N skipped`. Under CI=true a skip is a failure,
+/// but for the fuzzers', who need a nightly toolchain.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  cargo xtask test                 everything
+  cargo xtask test --in-process    what needs no guest
+  cargo xtask test --lab 01 04     the lab tests with these in their names")]
+struct TestArgs {
+    /// Only what needs no guest
+    #[arg(long, conflicts_with = "lab")]
+    in_process: bool,
+    /// Only the lab's tests
+    #[arg(long)]
+    lab: bool,
+    /// How long each fuzzer runs; 30 under CI=true and 5 elsewhere, if not given
+    #[arg(long, value_name = "SECONDS")]
+    fuzz_seconds: Option<u32>,
+    /// Only the lab tests with one of these in their names
+    #[arg(value_name = "NAME", requires = "lab")]
+    names: Vec<String>,
+}
+
 fn main() -> ExitCode {
     match run(Cli::parse().chore) {
         Ok(status) => ExitCode::from(status),
@@ -79,6 +120,13 @@ fn main() -> ExitCode {
 
 fn run(chore: Chore) -> Result<u8> {
     match chore {
+        Chore::Demo(args) => demo::run(args.lab),
+        Chore::Test(args) => test::run(&TestOptions {
+            in_process: !args.lab,
+            lab: !args.in_process,
+            names: args.names,
+            fuzz_seconds: args.fuzz_seconds,
+        }),
         Chore::Lab(args) => {
             let outcome = lab::run(&LabOptions {
                 cpus: args.cpus,
@@ -89,9 +137,11 @@ fn run(chore: Chore) -> Result<u8> {
                 timeout: Duration::from_secs(args.timeout),
                 partita: args.partita,
                 refresh: args.refresh,
-                show: true,
                 command: args.command,
             })?;
+            if outcome.out_dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+                eprintln!("lab: what the command left is in {}", outcome.out_dir.display());
+            }
             Ok(outcome.status)
         }
     }

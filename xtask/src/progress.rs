@@ -1,14 +1,13 @@
 //! Progress of long steps on stderr: a spinner on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// A step under way. Dropping it takes its spinner away.
 pub(crate) struct Step {
     spinner: Option<ProgressBar>,
-    started: Instant,
 }
 
 /// Announces a step that may take a while.
@@ -24,14 +23,7 @@ pub(crate) fn step(what: impl Into<String>) -> Step {
         eprintln!("{what}");
         None
     };
-    Step { spinner, started: Instant::now() }
-}
-
-impl Step {
-    /// Time since the step began.
-    pub(crate) fn elapsed(&self) -> Duration {
-        self.started.elapsed()
-    }
+    Step { spinner }
 }
 
 impl Drop for Step {

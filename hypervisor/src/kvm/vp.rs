@@ -12,7 +12,7 @@ use std::io;
 use std::sync::{Arc, Once};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_TSC_DEADLINE_TIMER,
+    CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH,
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_enable_cap, kvm_hyperv_exit,
     kvm_msr_entry, kvm_run, kvm_segment,
@@ -105,7 +105,7 @@ impl Vp {
             .map_err(call("cannot ask KVM for its CPUID"))?;
         let host = HostFeatures {
             tsc_deadline: kvm.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0,
-            direct_timers: host_has_direct_timers(kvm),
+            virtual_apic: host_virtualizes_apic(),
         };
         let Environment { index, count, hyper_v, .. } = environment;
         let leaves = cpuid::build(&supported, index, count, host, hyper_v);
@@ -117,6 +117,15 @@ impl Vp {
         if hyper_v == HyperV::Kernel {
             let capability = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
             fd.enable_cap(&capability).map_err(call("cannot enable KVM's SynIC"))?;
+            // What is not offered shall not work either. Since Linux 5.14.
+            if kvm.check_extension_raw(KVM_CAP_HYPERV_ENFORCE_CPUID.into()) > 0 {
+                let capability = kvm_enable_cap {
+                    cap: KVM_CAP_HYPERV_ENFORCE_CPUID,
+                    args: [1, 0, 0, 0],
+                    ..Default::default()
+                };
+                fd.enable_cap(&capability).map_err(call("cannot limit KVM to what is offered"))?;
+            }
         }
         let vp = Self { fd, environment, counters: Arc::default() };
         vp.set_power_on_state()?;
@@ -363,11 +372,13 @@ fn internal_suberror(run: *const kvm_run) -> u32 {
     unsafe { (*run).__bindgen_anon_1.internal.suberror }
 }
 
-/// Whether the host's KVM has synthetic timers with direct interrupts.
-fn host_has_direct_timers(kvm: &Kvm) -> bool {
-    // They came with Linux 5.1, before KVM_CAP_HYPERV_CPUID's leaves could be asked of the system
-    // (5.11), which is what this looks for; every kernel since has both.
-    kvm.check_extension_raw(KVM_CAP_SYS_HYPERV_CPUID.into()) > 0
+/// Whether KVM lets the host's processor virtualize the local APIC. There is no capability for
+/// it, but a parameter of KVM's modules.
+fn host_virtualizes_apic() -> bool {
+    ["kvm_intel/parameters/enable_apicv", "kvm_amd/parameters/avic"].iter().any(|name| {
+        std::fs::read_to_string(format!("/sys/module/{name}"))
+            .is_ok_and(|text| matches!(text.trim(), "Y" | "1"))
+    })
 }
 
 /// A hypercall that KVM leaves to us.

@@ -47,7 +47,9 @@ impl Backing {
 
 /// A new file of `size` bytes, all holes.
 pub(super) fn allocate(size: u64) -> io::Result<(File, Backing)> {
-    if std::env::var("HVB").is_ok() { return Ok((memfd(size)?, Backing::Memfd)); }
+    if std::env::var("HVB").is_ok() {
+        return Ok((memfd(size)?, Backing::Memfd));
+    }
     if let Ok(file) = huge_tmpfs(size) {
         return Ok((file, Backing::HugeTmpfs));
     }

@@ -21,7 +21,7 @@
 //!         }
 //!         channel.publish();
 //!         if channel.unmask() {
-//!             let _ = channel.doorbell.read(); // sleeps
+//!             channel.wait();
 //!         }
 //!         channel.mask();
 //!     }
@@ -46,6 +46,7 @@ use vmbus::ring::{Incoming, Outgoing, RingError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::DoubleMapped;
+use crate::poll::wait;
 
 /// How a device presents itself to the guest.
 #[derive(Clone, Copy, Debug)]
@@ -95,8 +96,8 @@ pub struct Channel {
     pub incoming: Incoming<DoubleMapped>,
     /// To the guest.
     pub outgoing: Outgoing<DoubleMapped>,
-    /// Fires when the guest signals, and when [`Channel::stop_requested`] becomes true. Does not
-    /// block when read, if made by the bus.
+    /// Fires when the guest signals, and when [`Channel::stop_requested`] becomes true. Reading it
+    /// does not block.
     pub doorbell: Arc<EventFd>,
     /// Interrupts the guest.
     pub interrupt: Arc<dyn EventPort>,
@@ -200,6 +201,15 @@ impl Channel {
             self.counters.sleeps.add(1);
         }
         sleep
+    }
+
+    /// Sleeps until the doorbell fires: for a worker that waits for nothing else. May return
+    /// without cause.
+    pub fn wait(&self) {
+        // An error is a wakeup without cause.
+        if let Ok([true]) = wait([&self.doorbell], None) {
+            self.counters.signals.add(1);
+        }
     }
 }
 

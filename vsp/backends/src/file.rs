@@ -22,8 +22,8 @@
 //! the process, after its I/O, so the next one can start at once. A block device is claimed as well
 //! (`O_EXCL`), which keeps it from being mounted.
 //!
-//! `unsafe` hands addresses to the kernel by [`Uring::push`] and makes two calls that no safe
-//! wrapper has (OFD locks, a probe read).
+//! `unsafe` hands addresses to the kernel by [`crate::uring::Uring::push`] and makes two calls that
+//! no safe wrapper has (OFD locks, a probe read).
 #![allow(unsafe_code)]
 
 mod open;

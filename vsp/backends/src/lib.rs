@@ -2,7 +2,7 @@
 //!
 //! - [`uring`]: one worker's own `io_uring`, shared by its doorbell, its disks and its NIC.
 //! - [`block`]: what a disk is, as two small traits, and the words of a request.
-//! - [`file`]: a disk in a file or on a block device of the host.
+//! - [`mod@file`]: a disk in a file or on a block device of the host.
 //! - [`ram`]: a disk in memory, for tests and benches.
 //! - [`testing`]: a disk that fails, dawdles and falls short on demand.
 //!

@@ -159,7 +159,7 @@ fn echo(mut channel: Channel) {
         }
         channel.publish();
         if channel.unmask() {
-            wait([&channel.doorbell], None).unwrap();
+            channel.wait();
         }
         channel.mask();
     }
@@ -279,15 +279,21 @@ impl Guest {
         if result.status != STATUS_SUCCESS {
             return None;
         }
+        Some(self.rings(relid))
+    }
+
+    /// The guest's ends of an open channel.
+    fn rings(&self, relid: u32) -> Rings {
+        let first = u64::from(relid) * 16;
         let map = |from: u64| {
             let pages: Vec<Gpn> = (from..from + RING).map(Gpn).collect();
             map_ring(&self.memory, &pages).unwrap()
         };
-        Some(Rings {
+        Rings {
             outgoing: Outgoing::new(map(first)).unwrap(),
             incoming: Incoming::new(map(first + RING)).unwrap(),
             connection: relid | 0x2000,
-        })
+        }
     }
 
     fn close(&self, relid: u32) {
@@ -546,4 +552,59 @@ fn a_guest_that_reads_no_answers_gets_no_more() {
         assert_eq!(torndown.gpadl, GpadlId(gpadl));
     }
     guest.connect(1);
+}
+
+/// Lets go of its channel and fails, the first time; the second time it is an [`Echo`].
+struct Hesitant {
+    asked: mpsc::Sender<()>,
+    go: mpsc::Receiver<()>,
+    echo: Echo,
+}
+
+impl Device for Hesitant {
+    fn offer(&self) -> crate::OfferParams {
+        self.echo.offer()
+    }
+
+    fn open(&mut self, channel: Channel) -> io::Result<()> {
+        if self.asked.send(()).is_err() {
+            return self.echo.open(channel);
+        }
+        let _ = self.go.recv();
+        Err(io::Error::other("not yet"))
+    }
+}
+
+#[test]
+fn late_news_of_the_last_time_harm_no_new_channel() {
+    let (asked, question) = mpsc::channel();
+    let (answer, go) = mpsc::channel();
+    let device = Hesitant { asked, go, echo: Echo::new(1) };
+    let (_host, guest) = start(vec![Box::new(device)]);
+    guest.connect(1);
+    thread::scope(|scope| {
+        let first = scope.spawn(|| guest.open(1));
+        question.recv().unwrap();
+        drop(question);
+        // The bus is in the first `open`, and the second request waits behind it: when that is
+        // served, nobody has looked at the news that the first channel is gone.
+        guest.send(&OpenChannel {
+            header: Header::new(MessageKind::OpenChannel),
+            relid: Relid(1),
+            open_id: 2,
+            ring: GpadlId(1),
+            target_vp: 0,
+            downstream_page: RING as u32,
+            user_data: [0; USER_DATA],
+        });
+        answer.send(()).unwrap();
+        assert!(first.join().unwrap().is_none());
+    });
+    let result = guest.expect::<OpenResult>(MessageKind::OpenResult);
+    assert_eq!((result.open_id, result.status), (2, STATUS_SUCCESS));
+    let mut rings = guest.rings(1);
+    for id in 0..100 {
+        guest.echoes(&mut rings, id);
+    }
+    guest.close(1);
 }

@@ -88,7 +88,7 @@ pub(super) struct Image {
     pub(super) buffered: File,
     pub(super) direct: Option<(File, Alignment)>,
     /// Holds a file's lock, and does nothing else.
-    _lock: Option<File>,
+    lock: Option<File>,
     /// A block device, whose buffered descriptor holds the lock and the claim. The kernel has to
     /// see the claim on the descriptor by which it is to drop cached pages before it zeroes.
     pub(super) is_device: bool,
@@ -139,7 +139,8 @@ impl FileDisk {
             return Err(OpenError::Changed { path: here() });
         }
         if options.lock {
-            take_lock(&lock, !options.read_only).map_err(|source| match source.raw_os_error() {
+            let kind = if options.read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+            set_lock(&lock, kind).map_err(|source| match source.raw_os_error() {
                 Some(libc::EAGAIN | libc::EACCES) => OpenError::InUse { path: here() },
                 _ => OpenError::Lock { path: here(), source },
             })?;
@@ -203,7 +204,7 @@ impl FileDisk {
         let image = Image {
             buffered,
             direct,
-            _lock: lock,
+            lock,
             is_device: block_device,
             size,
             read_only: options.read_only,
@@ -261,9 +262,8 @@ fn same_file(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino(), one.rdev()) == (other.dev(), other.ino(), other.rdev())
 }
 
-/// Locks the whole file for as long as this description of it is open.
-fn take_lock(file: &File, exclusive: bool) -> io::Result<()> {
-    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+/// Locks the whole file for this description of it, with one of `F_WRLCK`, `F_RDLCK`, `F_UNLCK`.
+fn set_lock(file: &File, kind: libc::c_int) -> io::Result<()> {
     let lock = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -275,6 +275,15 @@ fn take_lock(file: &File, exclusive: bool) -> io::Result<()> {
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
+    }
+}
+
+impl Drop for Image {
+    /// Closing the descriptor would do, were there not its copy in a child that another thread has
+    /// just forked and that has still to `exec`.
+    fn drop(&mut self) {
+        // There may have been no lock; that is no error either.
+        let _ = set_lock(self.lock.as_ref().unwrap_or(&self.buffered), libc::F_UNLCK);
     }
 }
 

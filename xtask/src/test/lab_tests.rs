@@ -1,0 +1,179 @@
+//! The lab's tests: shell scripts of `tests/lab` that run in L1, several in one.
+//!
+//! A test is `NAME.sh`; `NAME.guest.sh` beside it is what its guests run. It passes if it exits
+//! with 0. Should L1 go down under one of them, that one has failed and the rest get a new L1.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::{Tally, heading};
+use crate::lab::{self, LabFile, LabOptions};
+use crate::workspace;
+
+/// Runs the tests it is given, with a line before and after each.
+const RUNNER: &str = include_str!("run-lab-tests.sh");
+
+/// The most that one test may take, in seconds.
+const LIMIT: u64 = 300;
+
+/// Runs the lab tests whose names hold one of `names`, or all.
+pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
+    heading("the lab");
+    let folder = workspace::root().join("tests/lab");
+    let mut tests = list(&folder)?;
+    if !names.is_empty() {
+        tests.retain(|test| names.iter().any(|name| test.contains(name)));
+    }
+    if tests.is_empty() {
+        tally.fail("no such lab test");
+        return Ok(());
+    }
+    if let Err(error) = lab::prepare() {
+        println!("skipped: {error:#}");
+        tally.skip(tests.len() as u64, format_args!("{} lab tests: {error:#}", tests.len()));
+        return Ok(());
+    }
+
+    let files = vec![LabFile { source: folder, destination: "/lab/tests".to_owned() }];
+    while !tests.is_empty() {
+        let arguments = ["sh", "-c", RUNNER, "run-lab-tests"].into_iter();
+        let limit = LIMIT.to_string();
+        let arguments = arguments.chain([limit.as_str()]).chain(tests.iter().map(String::as_str));
+        let options = LabOptions {
+            files: files.clone(),
+            timeout: Duration::from_secs(LIMIT * tests.len() as u64 + 60),
+            command: arguments.map(str::to_owned).collect(),
+            ..LabOptions::default()
+        };
+        let mut report = Report::new(tally);
+        let outcome = lab::run_with(&options, &mut |text| report.take(text));
+        let Report { ended, under_way, .. } = report;
+        tests.retain(|test| !ended.contains(test));
+        match outcome {
+            Ok(_) if tests.is_empty() => break,
+            Ok(_) => {
+                tally.fail(format_args!("the lab did not run {}", tests.join(", ")));
+                break;
+            }
+            Err(error) => {
+                // With a test under way there is one fewer next time; without, it would be the same again.
+                let Some(test) = under_way else {
+                    println!("{error:#}");
+                    tally.fail(format_args!("the lab: {}", first_line(&error)));
+                    break;
+                };
+                println!("{}\nFAILED {}: {error:#}", test.output, test.name);
+                tally.fail(format_args!("lab test {}: {}", test.name, first_line(&error)));
+                tests.retain(|other| *other != test.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The names of the tests, in order.
+fn list(folder: &PathBuf) -> Result<Vec<String>> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("could not list {}", folder.display()))?;
+    let mut names = Vec::new();
+    for entry in entries {
+        let file = entry?.file_name().to_string_lossy().into_owned();
+        // lib.sh and NAME.guest.sh are no tests; a test begins with its number.
+        if let Some(name) = file.strip_suffix(".sh")
+            && name.starts_with(|first: char| first.is_ascii_digit())
+            && !name.ends_with(".guest")
+        {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn first_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").lines().next().unwrap_or_default().to_owned()
+}
+
+/// A test that has begun.
+struct UnderWay {
+    name: String,
+    began: Instant,
+    output: String,
+}
+
+/// Reads the runner's output as it comes: one line on our side for each test, and all that a test
+/// wrote if it failed.
+struct Report<'a> {
+    tally: &'a mut Tally,
+    /// The beginning of a line whose end has not come yet.
+    partial: Vec<u8>,
+    under_way: Option<UnderWay>,
+    ended: Vec<String>,
+}
+
+impl<'a> Report<'a> {
+    fn new(tally: &'a mut Tally) -> Self {
+        Self { tally, partial: Vec::new(), under_way: None, ended: Vec::new() }
+    }
+
+    fn take(&mut self, text: &[u8]) {
+        self.partial.extend_from_slice(text);
+        while let Some(end) = self.partial.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.partial.drain(..=end).collect();
+            self.line(String::from_utf8_lossy(&line).trim_end());
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        let words: Vec<&str> = line.split(' ').collect();
+        match (words.as_slice(), &mut self.under_way) {
+            (["@begin", name], _) => {
+                let began = Instant::now();
+                self.under_way =
+                    Some(UnderWay { name: (*name).to_owned(), began, output: String::new() });
+            }
+            (["@end", name, status], Some(test)) if test.name == *name => {
+                let took = test.began.elapsed().as_secs_f64();
+                if *status == "0" {
+                    println!("ok     {name} ({took:.1} s)");
+                    self.tally.pass();
+                } else {
+                    println!("{}FAILED {name} with status {status} ({took:.1} s)", test.output);
+                    self.tally.fail(format_args!("lab test {name}, with status {status}"));
+                }
+                self.ended.push((*name).to_owned());
+                self.under_way = None;
+            }
+            (_, Some(test)) => {
+                test.output.push_str(line);
+                test.output.push('\n');
+            }
+            (_, None) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_counts_by_the_runners_lines_in_whatever_pieces_they_come() {
+        let mut tally = Tally::default();
+        let mut report = Report::new(&mut tally);
+        for piece in [
+            "@beg",
+            "in 01-a\nhel",
+            "lo\n@end 01-a 0\n@begin 02-b\n@end 01-a 1",
+            "\n\n@end 02-b 9\n@begin 03-c\n",
+        ] {
+            report.take(piece.as_bytes());
+        }
+        assert_eq!(report.ended, ["01-a", "02-b"]);
+        assert_eq!(report.under_way.as_ref().map(|test| test.name.as_str()), Some("03-c"));
+        assert_eq!(tally.to_string(), "1 passed, 1 failed, 0 skipped");
+    }
+}

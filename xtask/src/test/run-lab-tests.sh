@@ -1,0 +1,12 @@
+# Runs in L1: run-lab-tests LIMIT NAME…. xtask reads the lines that begin with @.
+limit=$1
+shift
+for name; do
+    echo "@begin $name"
+    timeout -s KILL "$limit" sh "/lab/tests/$name.sh" 2>&1
+    status=$?
+    # Nothing of one test lives on into the next.
+    killall -q -KILL partita
+    rm -rf "/tmp/$name"
+    printf '\n@end %s %s\n' "$name" "$status"
+done
