@@ -9,8 +9,8 @@ use hypervisor::{Gpn, GuestMemory};
 use rustix::thread::CpuSet;
 use vmbus::packet::{PacketFlags, PacketKind, ring_size};
 use vmbus::ring::{Outgoing, PushError};
-use vmbus_server::{Channel, DoubleMapped};
 use vmbus_server::testing::channel_in;
+use vmbus_server::{Channel, DoubleMapped};
 
 /// Packets between two publications, at most.
 const BATCH: u32 = 64;
@@ -130,7 +130,7 @@ pub fn one_thread(pages: u64, payload: usize, time: Duration) -> f64 {
     let payload = vec![0xa5; payload];
     ring.one_thread(&payload, 10_000);
     let started = Instant::now();
-    let mut packets = 0;
+    let mut packets = 0u64;
     while started.elapsed() < time {
         ring.one_thread(&payload, 10_000);
         packets += 10_000;

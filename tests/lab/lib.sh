@@ -20,11 +20,13 @@ guest() {
     kernel=$1 script=$2
     shift 2
     with-script "$script" initrd
-    rc=0
-    partita run --kernel "/lab/$kernel/vmlinuz" --initrd initrd "$@" >console.raw 2>partita.log </dev/null || rc=$?
-    tr -d '\r' <console.raw | tee console.log
+    {
+        rc=0
+        partita run --kernel "/lab/$kernel/vmlinuz" --initrd initrd "$@" 2>partita.log </dev/null || rc=$?
+        echo "$rc" >rc
+    } | tr -d '\r' | tee console.log
     cat partita.log >&2
-    [ "$rc" = 0 ] || fail "partita exited with $rc"
+    [ "$(cat rc)" = 0 ] || fail "partita exited with $(cat rc)"
     grep -q '^guest: exit 0' console.log || fail "the guest's script did not exit with 0"
 }
 

@@ -36,7 +36,6 @@
 //! ```
 
 use thiserror::Error;
-use zerocopy::IntoBytes;
 
 use crate::{
     mapped::RingMemory,
@@ -397,13 +396,14 @@ impl<M: RingMemory> Outgoing<M> {
         let descriptor = Descriptor { kind, offset8, len8, flags, transaction_id };
         let (a, b) = span(self.memory.data(), self.cursor, total);
         let mut writer = WordWriter { words: a, after: b, partial: [0; 8], filled: 0 };
-        writer.write(descriptor.as_bytes());
+        let descriptor: [[u8; 8]; 2] = zerocopy::transmute!(descriptor);
+        writer.put(&descriptor);
         writer.write(headers);
         for part in payload {
             writer.write(part);
         }
         writer.pad();
-        writer.write(&(u64::from(self.cursor) << 32).to_le_bytes());
+        writer.put(&[(u64::from(self.cursor) << 32).to_le_bytes()]);
         self.cursor = advance(self.cursor, total, self.size);
         Ok(())
     }
@@ -456,6 +456,7 @@ struct WordWriter<'m> {
 }
 
 impl WordWriter<'_> {
+    #[inline]
     fn put(&mut self, mut words: &[[u8; 8]]) {
         while !words.is_empty() {
             if self.words.is_empty() {
@@ -477,6 +478,7 @@ impl WordWriter<'_> {
         }
     }
 
+    #[inline]
     fn write(&mut self, mut bytes: &[u8]) {
         if self.filled > 0 {
             let count = bytes.len().min(8 - self.filled);
@@ -503,7 +505,7 @@ impl WordWriter<'_> {
     /// Completes the last word with zeros.
     fn pad(&mut self) {
         if self.filled > 0 {
-            self.write(&[0; 8][self.filled..]);
+            self.write([0; 8].get(self.filled..).unwrap_or_default());
         }
     }
 }

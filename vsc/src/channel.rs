@@ -95,10 +95,7 @@ impl<M: RingMemory, D: Doorbell> Channel<M, D> {
 
     /// Copies the next packet out of the ring; `None` if there is none.
     #[inline]
-    pub fn receive<'b>(
-        &mut self,
-        buffer: &'b mut [u8],
-    ) -> Result<Option<Packet<'b>>, RingError> {
+    pub fn receive<'b>(&mut self, buffer: &'b mut [u8]) -> Result<Option<Packet<'b>>, RingError> {
         let packet = self.incoming.read(buffer)?;
         if packet.is_some() {
             self.counters.packets_in += 1;

@@ -170,11 +170,7 @@ fn a_life() {
         events.sort_by_key(|event| matches!(event, Event::GpadlTornDown(_)));
         assert_eq!(
             events,
-            [
-                Event::Rescinded(relids[0]),
-                Event::Rescinded(relids[1]),
-                Event::GpadlTornDown(ring)
-            ]
+            [Event::Rescinded(relids[0]), Event::Rescinded(relids[1]), Event::GpadlTornDown(ring)]
         );
         for relid in relids {
             bus.client.release(&mut bus.up, relid).unwrap();

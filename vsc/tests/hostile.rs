@@ -143,20 +143,15 @@ fn handshakes_that_fail() {
         })
         .err()
     };
-    for operation in [
-        Operation::BeginInitialization,
-        Operation::QueryProperties,
-        Operation::EndInitialization,
-    ] {
+    for operation in
+        [Operation::BeginInitialization, Operation::QueryProperties, Operation::EndInitialization]
+    {
         assert_eq!(
             refuse(operation),
             Some(Fault::Refused { operation: operation.0, status: 0xC000_0001 })
         );
     }
-    assert_eq!(
-        refuse(Operation::QueryProtocolVersion),
-        Some(Fault::NoCommonVersion(0xC000_0001))
-    );
+    assert_eq!(refuse(Operation::QueryProtocolVersion), Some(Fault::NoCommonVersion(0xC000_0001)));
     for max_transfer in [0, 1, 4095, u32::MAX] {
         let fault = connect(0, move |operation, _, answer| {
             if operation == Operation::QueryProperties {
@@ -181,16 +176,23 @@ fn a_controller_that_is_silent_is_given_up() {
 #[test]
 fn lies_end_the_queue() {
     type Lie = fn(&mut Liar, u64);
-    let lies: &[(&str, Lie, fn(u64) -> Fault)] = &[
-        ("an id never given", |liar, id| liar.answer(id + 1, &success(4096)), |id| {
-            Fault::UnknownAnswer(id + 1)
-        }),
-        ("an id of no slot", |liar, id| liar.answer(id | 0xffff, &success(4096)), |id| {
-            Fault::UnknownAnswer(id | 0xffff)
-        }),
-        ("a generation to come", |liar, id| liar.answer(id + (1 << 32), &success(1)), |id| {
-            Fault::UnknownAnswer(id + (1 << 32))
-        }),
+    type Verdict = fn(u64) -> Fault;
+    let lies: &[(&str, Lie, Verdict)] = &[
+        (
+            "an id never given",
+            |liar, id| liar.answer(id + 1, &success(4096)),
+            |id| Fault::UnknownAnswer(id + 1),
+        ),
+        (
+            "an id of no slot",
+            |liar, id| liar.answer(id | 0xffff, &success(4096)),
+            |id| Fault::UnknownAnswer(id | 0xffff),
+        ),
+        (
+            "a generation to come",
+            |liar, id| liar.answer(id + (1 << 32), &success(1)),
+            |id| Fault::UnknownAnswer(id + (1 << 32)),
+        ),
         (
             "the same twice",
             |liar, id| {
@@ -199,9 +201,11 @@ fn lies_end_the_queue() {
             },
             Fault::AnsweredTwice,
         ),
-        ("more than was asked for", |liar, id| liar.answer(id, &success(4097)), |_| {
-            Fault::TooMuch { claimed: 4097, asked: 4096 }
-        }),
+        (
+            "more than was asked for",
+            |liar, id| liar.answer(id, &success(4097)),
+            |_| Fault::TooMuch { claimed: 4097, asked: 4096 },
+        ),
         (
             "half an answer",
             |liar, id| liar.say(PacketKind::Completion, id, &success(4096).as_bytes()[..56]),

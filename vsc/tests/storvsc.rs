@@ -77,9 +77,8 @@ fn verify(queues: u16, depth: u16, blocks: u32, polled: bool) {
                         let stride = (bytes as u64 + 512).next_multiple_of(4096);
                         let slots: Vec<(Gpa, PageList<{ words(257) }>)> = (0..u64::from(depth))
                             .map(|slot| {
-                                let at = MIB
-                                    + (index as u64 * u64::from(depth) + slot) * stride
-                                    + 512;
+                                let at =
+                                    MIB + (index as u64 * u64::from(depth) + slot) * stride + 512;
                                 let pages = at / 4096..(at + bytes as u64).div_ceil(4096);
                                 let list = PageList::new(bytes as u32, 512, pages);
                                 (Gpa(at), list.expect("as many pages as it takes"))
@@ -191,9 +190,8 @@ fn a_batch_costs_one_signal() {
     let mut rig = Rig::new(vec![ram(MIB).1], 1);
     let (queue, end) = (&mut rig.queues[0], &mut rig.ends[0]);
     let before = queue.counters();
-    let lists: Vec<_> = (0..16)
-        .map(|slot| PageList::<{ words(1) }>::new(4096, 0, [256 + slot]).unwrap())
-        .collect();
+    let lists: Vec<_> =
+        (0..16).map(|slot| PageList::<{ words(1) }>::new(4096, 0, [256 + slot]).unwrap()).collect();
     for (slot, list) in (0..).zip(&lists) {
         queue.submit(slot, &Command::read(0, 0, 8), Some(list.pages())).unwrap();
     }
@@ -247,10 +245,7 @@ fn requests_that_cannot_be_are_not_sent() {
     let read = Command::read(0, 0, 8);
     assert_eq!(queue.submit(128, &read, Some(list.pages())), Err(SubmitError::Slot(128)));
     assert_eq!(queue.submit(0, &read, None), Err(SubmitError::Pages));
-    assert_eq!(
-        queue.submit(0, &Command::flush(0), Some(list.pages())),
-        Err(SubmitError::Pages)
-    );
+    assert_eq!(queue.submit(0, &Command::flush(0), Some(list.pages())), Err(SubmitError::Pages));
     let long = max + 512;
     let pages = u64::from(long).div_ceil(4096);
     let list = PageList::<{ words(300) }>::new(long, 0, 0..pages).unwrap();

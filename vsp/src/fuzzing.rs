@@ -5,6 +5,11 @@ use backends::block::Geometry;
 
 use crate::scsi::{Action, Command, Direction, Limits, LogicalUnit, Parameters, plan_absent};
 
+/// Packets to a storage channel, one after the other: see the source for their form.
+pub fn fuzz_vstor(data: &[u8]) {
+    crate::storvsp::fuzz(data);
+}
+
 /// One command to a logical unit: 8 bytes choose the disk and the transport, 16 are the CDB (fewer
 /// if the data ends), the rest is what the initiator sends.
 pub fn fuzz_cdb(data: &[u8]) {

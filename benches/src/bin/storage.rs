@@ -183,12 +183,10 @@ fn fill(folder: &Path, mib: u64) -> anyhow::Result<NamedTempFile> {
 fn file(name: &str, folder: &Path, options: &Options) -> anyhow::Result<()> {
     let image = fill(folder, options.size)?;
     let open = |direct| {
-        FileDisk::open(image.path(), &OpenOptions {
-            read_only: true,
-            direct,
-            lock: false,
-            id: None,
-        })
+        FileDisk::open(
+            image.path(),
+            &OpenOptions { read_only: true, direct, lock: false, id: None },
+        )
     };
     let direct = open(Direct::Auto)?.is_direct();
     println!(

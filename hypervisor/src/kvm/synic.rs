@@ -131,10 +131,11 @@ impl KvmSynic {
             [(&synic.message_page, pages.message_page), (&synic.event_page, pages.event_page)]
         {
             let old = register.load(Ordering::Relaxed);
-            if value & ENABLE != 0 && value != old {
-                if let Some(page) = self.processors.memory.slice(page_of(value), PAGE_SIZE) {
-                    page.copy_from(&[0_u8; PAGE_SIZE]);
-                }
+            if value & ENABLE != 0
+                && value != old
+                && let Some(page) = self.processors.memory.slice(page_of(value), PAGE_SIZE)
+            {
+                page.copy_from(&[0_u8; PAGE_SIZE]);
             }
             register.store(value, Ordering::Release);
         }

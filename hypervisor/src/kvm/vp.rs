@@ -15,7 +15,7 @@ use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH,
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_enable_cap, kvm_hyperv_exit,
-    kvm_msr_entry, kvm_run, kvm_segment,
+    kvm_msr_entry, kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::signal::register_signal_handler;
@@ -173,6 +173,8 @@ impl Vp {
 
     pub(super) fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
         const CR0_PE: u64 = 1;
+        const CR0_ET: u64 = 1 << 4;
+        const CR0_NE: u64 = 1 << 5;
         const CR0_PG: u64 = 1 << 31;
         const CR4_PAE: u64 = 1 << 5;
         const EFER_LME: u64 = 1 << 8;
@@ -180,7 +182,7 @@ impl Vp {
 
         let what = "cannot set a processor's first state";
         let mut special = self.fd.get_sregs().map_err(call(what))?;
-        special.cr0 |= CR0_PE | CR0_PG;
+        special.cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_PG; // caches on
         special.cr3 = state.page_table.0;
         special.cr4 |= CR4_PAE;
         special.efer |= EFER_LME | EFER_LMA;
@@ -358,18 +360,25 @@ impl Vp {
     }
 }
 
-/// Bytes per access of the port exit that `run` holds. KVM may hand over several of a string
-/// instruction at once.
+/// What the last exit left in `run`, whatever it was.
+fn exit_data(run: *const kvm_run) -> kvm_run__bindgen_ty_1 {
+    // SAFETY: the page is mapped as long as the processor lives, and the pointer stays in it.
+    let data = unsafe { &raw const (*run).__bindgen_anon_1 };
+    // SAFETY: the kernel writes it only while the processor runs, so now it holds still.
+    unsafe { data.read() }
+}
+
+/// Bytes per access of a port exit. KVM may hand over several of a string instruction at once.
 fn port_width(run: *const kvm_run) -> usize {
-    // SAFETY: the page is mapped as long as the processor lives, and this member is in use after
-    // a port exit; the kernel wrote it before the exit.
-    let width = unsafe { (*run).__bindgen_anon_1.io.size };
-    usize::from(width).max(1)
+    // SAFETY: all members are plain numbers; after a port exit these say something.
+    let port = unsafe { exit_data(run).io };
+    usize::from(port.size).max(1)
 }
 
 fn internal_suberror(run: *const kvm_run) -> u32 {
-    // SAFETY: as in `port_width`, after an internal error.
-    unsafe { (*run).__bindgen_anon_1.internal.suberror }
+    // SAFETY: all members are plain numbers; after an internal error these say something.
+    let internal = unsafe { exit_data(run).internal };
+    internal.suberror
 }
 
 /// Whether KVM lets the host's processor virtualize the local APIC. There is no capability for
@@ -443,6 +452,8 @@ impl Hypercall {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
+
+    use zerocopy::FromZeros;
 
     use super::*;
 

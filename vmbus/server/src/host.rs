@@ -210,7 +210,8 @@ impl Bus {
             while let Ok(event) = self.news.try_recv() {
                 self.hear(&event);
             }
-            while self.outbox.len() < OUTBOX
+            while !self.stopping
+                && self.outbox.len() < OUTBOX
                 && let Ok(post) = self.inbox.try_recv()
             {
                 let payload = post.bytes.get(..post.len).unwrap_or_default();

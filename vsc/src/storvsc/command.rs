@@ -195,7 +195,10 @@ impl fmt::Display for Failure {
         }
         match sense {
             Some(Sense { key, code, qualifier }) => {
-                write!(f, "the unit refused the command with sense {key:x}/{code:02x}/{qualifier:02x}")
+                write!(
+                    f,
+                    "the unit refused the command with sense {key:x}/{code:02x}/{qualifier:02x}"
+                )
             }
             None => write!(
                 f,

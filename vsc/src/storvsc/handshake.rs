@@ -148,7 +148,10 @@ impl Handshake {
         Ok(())
     }
 
-    fn ask<M: RingMemory, D: Doorbell>(&mut self, channel: &mut Channel<M, D>) -> Result<(), Fault> {
+    fn ask<M: RingMemory, D: Doorbell>(
+        &mut self,
+        channel: &mut Channel<M, D>,
+    ) -> Result<(), Fault> {
         let operation = self.step.operation();
         let packet = match self.step {
             Step::Version(_) => VstorPacket::request(

@@ -56,7 +56,8 @@ impl<const WORDS: usize> PageList<WORDS> {
             *list.words.get_mut(at)? = page;
             count += 1;
         }
-        let room = (count * PAGE).checked_sub(u64::from(offset)).filter(|_| u64::from(offset) < PAGE)?;
+        let room =
+            (count * PAGE).checked_sub(u64::from(offset)).filter(|_| u64::from(offset) < PAGE)?;
         if (u64::from(offset) + u64::from(len)).div_ceil(PAGE) != count {
             return None;
         }

@@ -54,8 +54,7 @@ impl<const DEPTH: usize> Table<DEPTH> {
     pub(super) fn end(&mut self, id: u64) -> Result<(u16, u32), Fault> {
         let (generation, slot) = ((id >> 32) as u32, id as u32);
         let slot = u16::try_from(slot).map_err(|_| Fault::UnknownAnswer(id))?;
-        let entry =
-            self.entries.get_mut(usize::from(slot)).ok_or(Fault::UnknownAnswer(id))?;
+        let entry = self.entries.get_mut(usize::from(slot)).ok_or(Fault::UnknownAnswer(id))?;
         if generation != entry.generation || generation == 0 {
             return Err(Fault::UnknownAnswer(id));
         }

@@ -434,6 +434,7 @@ impl Engine {
 }
 
 /// What every request starts with.
+#[derive(Clone, Copy)]
 struct Start {
     transaction: Transaction,
     request: ScsiRequest,

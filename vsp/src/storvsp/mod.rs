@@ -13,6 +13,7 @@
 //! not change, and nothing else.
 
 mod engine;
+mod fuzz;
 mod handshake;
 mod pacing;
 mod worker;
@@ -32,6 +33,8 @@ use vmbus_server::{Channel, Device, OfferParams};
 use crate::scsi::{Limits, LogicalUnit};
 use handshake::Grants;
 use worker::Worker;
+
+pub(crate) use fuzz::fuzz;
 
 /// The longest transfer of one request, in bytes. Guests split what is longer.
 const MAX_TRANSFER: u32 = 1 << 20;

@@ -19,6 +19,9 @@ const RUNNER: &str = include_str!("run-lab-tests.sh");
 /// The most that one test may take, in seconds.
 const LIMIT: u64 = 300;
 
+/// How many lines of a failed test are shown.
+const TAIL: usize = 40;
+
 /// Runs the lab tests whose names hold one of `names`, or all.
 pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
     heading("the lab");
@@ -65,7 +68,8 @@ pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
                     tally.fail(format_args!("the lab: {}", first_line(&error)));
                     break;
                 };
-                println!("{}\nFAILED {}: {error:#}", test.output, test.name);
+                test.show_end();
+                println!("FAILED {}: {error:#}", test.name);
                 tally.fail(format_args!("lab test {}: {}", test.name, first_line(&error)));
                 tests.retain(|other| *other != test.name);
             }
@@ -104,8 +108,21 @@ struct UnderWay {
     output: String,
 }
 
-/// Reads the runner's output as it comes: one line on our side for each test, and all that a test
-/// wrote if it failed.
+impl UnderWay {
+    /// Shows the end of what a failed test wrote, and keeps all of it in a file.
+    fn show_end(&self) {
+        let log = workspace::target_dir().join("lab").join(format!("{}.log", self.name));
+        let lines: Vec<_> = self.output.lines().collect();
+        println!("{}", lines[lines.len().saturating_sub(TAIL)..].join("\n"));
+        match fs::write(&log, &self.output) {
+            Ok(()) => println!("(all of it: {})", log.display()),
+            Err(error) => println!("(could not keep the rest in {}: {error})", log.display()),
+        }
+    }
+}
+
+/// Reads the runner's output as it comes: one line on our side for each test, and the end of what
+/// a test wrote if it failed.
 struct Report<'a> {
     tally: &'a mut Tally,
     /// The beginning of a line whose end has not come yet.
@@ -141,7 +158,8 @@ impl<'a> Report<'a> {
                     println!("ok     {name} ({took:.1} s)");
                     self.tally.pass();
                 } else {
-                    println!("{}FAILED {name} with status {status} ({took:.1} s)", test.output);
+                    test.show_end();
+                    println!("FAILED {name} with status {status} ({took:.1} s)");
                     self.tally.fail(format_args!("lab test {name}, with status {status}"));
                 }
                 self.ended.push((*name).to_owned());

@@ -7,6 +7,7 @@ for name; do
     status=$?
     # Nothing of one test lives on into the next.
     killall -q -KILL partita
+    grep -o " /tmp/$name[^ ]*" /proc/mounts | xargs -r umount -l
     rm -rf "/tmp/$name"
     printf '\n@end %s %s\n' "$name" "$status"
 done

@@ -3,7 +3,7 @@ use std::collections::VecDeque;
 use hypervisor::PAGE_SIZE;
 use proptest::prelude::*;
 use vmbus::Guid;
-use vmbus::protocol::{GpaRange, MAX_MESSAGE};
+use vmbus::protocol::{GpaRange, MAX_MESSAGE, USER_DATA};
 
 use super::*;
 

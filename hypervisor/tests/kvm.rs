@@ -1,0 +1,178 @@
+//! Partitions that run a few bytes of code, on any KVM. Without /dev/kvm there is nothing to test.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hypervisor::kvm::{HyperV, Partition, PartitionConfig};
+use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
+use hypervisor::{
+    BootState, Bus, Device, ExitKind, Gpa, GuestMemory, PartitionError, StopHandle, StopReason,
+};
+
+const CODE: Gpa = Gpa(0x10_0000);
+
+/// An address without RAM that the page tables map.
+const NO_RAM: u64 = 0x2000_0000;
+
+/// A partition whose first processor starts with `code`, in long mode with its first 2 MiB mapped.
+/// `None` where there is no KVM.
+fn partition(vps: u32, code: &[u8]) -> Option<Partition> {
+    let memory = GuestMemory::new(4 << 20).unwrap();
+    let (top, middle, bottom, gdt) = (Gpa(0x2000), Gpa(0x3000), Gpa(0x4000), Gpa(0x1000));
+    memory.write_obj(top, &(middle.0 | 3)).unwrap();
+    memory.write_obj(middle, &(bottom.0 | 3)).unwrap();
+    for address in [0, NO_RAM] {
+        let entry = Gpa(bottom.0 + (address >> 21) * 8);
+        memory.write_obj(entry, &(address | 0x83)).unwrap(); // 2 MiB at once
+    }
+    memory.write_obj(gdt, &[0_u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]).unwrap();
+    memory.write(CODE, code).unwrap();
+
+    let config = PartitionConfig { vps, memory, hyper_v: HyperV::Absent };
+    let partition = match Partition::new(&config) {
+        Ok(partition) => partition,
+        Err(PartitionError::NoKvm | PartitionError::NoPermission) => {
+            eprintln!("skipped: no KVM here");
+            return None;
+        }
+        Err(error) => panic!("{error}: {error:?}"),
+    };
+    let state = BootState {
+        entry: CODE,
+        argument: 0x5a,
+        stack: Gpa(0x8000),
+        page_table: top,
+        gdt,
+        gdt_limit: 23,
+        code_selector: 8,
+        data_selector: 16,
+    };
+    partition.set_boot_state(&state).unwrap();
+    Some(partition)
+}
+
+/// Remembers what is written, answers reads with 0x41, and stops at a write of `!`.
+struct Port {
+    written: Mutex<Vec<(u64, Vec<u8>)>>,
+    stop: StopHandle,
+}
+
+impl Device for Port {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0x41);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.written.lock().unwrap().push((offset, data.to_vec()));
+        if data == b"!" {
+            self.stop.stop(StopReason::PowerOff);
+        }
+    }
+}
+
+struct NoMessages;
+
+impl MessageSink for NoMessages {
+    fn post(&self, _: ConnectionId, _: u32, _: &[u8]) -> HvStatus {
+        HvStatus::INVALID_CONNECTION_ID
+    }
+}
+
+fn run(partition: &mut Partition, ports: Bus, mmio: Bus) -> StopReason {
+    let sink: Arc<dyn MessageSink> = Arc::new(NoMessages);
+    partition.run(&Arc::new(ports), &Arc::new(mmio), &sink)
+}
+
+#[test]
+fn ports_and_addresses_reach_their_devices() {
+    let code = [
+        0x40, 0x88, 0xf0, // mov al, sil
+        0x66, 0xba, 0x02, 0x01, // mov dx, 0x102
+        0xee, // out dx, al
+        0xec, // in al, dx
+        0xee, // out dx, al
+        0xb8, 0x00, 0x00, 0x00, 0x20, // mov eax, NO_RAM
+        0x66, 0xc7, 0x40, 0x04, 0x34, 0x12, // mov word [rax + 4], 0x1234
+        0xb0, 0x21, // mov al, '!'
+        0xee, // out dx, al
+        0xf4, // hlt
+    ];
+    let Some(mut partition) = partition(1, &code) else { return };
+    let device = Arc::new(Port { written: Mutex::default(), stop: partition.stop_handle() });
+    let memory = Arc::new(Port { written: Mutex::default(), stop: partition.stop_handle() });
+    let (mut ports, mut mmio) = (Bus::ports(), Bus::mmio());
+    ports.add("device", 0x100, 8, device.clone()).unwrap();
+    mmio.add("memory", NO_RAM, 0x1000, memory.clone()).unwrap();
+    let counters = partition.exit_counters();
+
+    assert_eq!(run(&mut partition, ports, mmio), StopReason::PowerOff);
+    let bytes = |byte: u8| (2, vec![byte]);
+    assert_eq!(*device.written.lock().unwrap(), [bytes(0x5a), bytes(0x41), bytes(b'!')]);
+    assert_eq!(*memory.written.lock().unwrap(), [(4, vec![0x34, 0x12])]);
+    assert_eq!(counters[0].get(ExitKind::PortWrite), 3);
+    assert_eq!(counters[0].get(ExitKind::PortRead), 1);
+    assert_eq!(counters[0].get(ExitKind::MmioWrite), 1);
+}
+
+#[test]
+fn processors_can_be_stopped_whatever_they_do() {
+    // The first turns in a circle, or halts; the others have never been started.
+    for code in [&[0xeb, 0xfe][..], &[0xf4]] {
+        for wait in [0, 1, 20] {
+            let Some(mut partition) = partition(3, code) else { return };
+            let stop = partition.stop_handle();
+            let stopper = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(wait));
+                stop.stop(StopReason::Stopped);
+            });
+            assert_eq!(run(&mut partition, Bus::ports(), Bus::mmio()), StopReason::Stopped);
+            stopper.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_triple_fault_ends_the_run() {
+    // A page fault, and no descriptor table for interrupts.
+    let code = [
+        0xb8, 0x00, 0x00, 0x00, 0x40, // mov eax, 0x40000000
+        0x8a, 0x00, // mov al, [rax]
+    ];
+    let Some(mut partition) = partition(1, &code) else { return };
+    assert_eq!(run(&mut partition, Bus::ports(), Bus::mmio()), StopReason::TripleFault);
+}
+
+#[test]
+fn too_many_processors_are_refused() {
+    let memory = GuestMemory::new(1 << 20).unwrap();
+    for vps in [0, 255, u32::MAX] {
+        let config = PartitionConfig { vps, memory: memory.clone(), hyper_v: HyperV::Absent };
+        match Partition::new(&config) {
+            Err(PartitionError::VpCount { asked, .. }) => assert_eq!(asked, vps),
+            Err(PartitionError::NoKvm | PartitionError::NoPermission) => return,
+            Err(error) => panic!("{error}"),
+            Ok(_) => panic!("{vps} processors"),
+        }
+    }
+}
+
+#[test]
+fn a_signal_on_a_port_does_not_exit() {
+    let code = [
+        0x66, 0xba, 0x00, 0x02, // mov dx, 0x200
+        0xee, // out dx, al
+        0x66, 0xba, 0x00, 0x01, // mov dx, 0x100
+        0xb0, 0x21, // mov al, '!'
+        0xee, // out dx, al
+    ];
+    let Some(mut partition) = partition(1, &code) else { return };
+    let event = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    partition.port_event(0x200, &event).unwrap();
+    let device = Arc::new(Port { written: Mutex::default(), stop: partition.stop_handle() });
+    let mut ports = Bus::ports();
+    ports.add("device", 0x100, 1, device).unwrap();
+    let counters = partition.exit_counters();
+    assert_eq!(run(&mut partition, ports, Bus::mmio()), StopReason::PowerOff);
+    assert_eq!(event.read().unwrap(), 1);
+    assert_eq!(counters[0].total(), 1);
+}
