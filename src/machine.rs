@@ -12,6 +12,9 @@ use hypervisor::{Bus, ExitCounters, GuestMemory, StopHandle, StopReason};
 
 use crate::boot::LinuxBoot;
 
+/// The address port of PCI's configuration space. Nothing is there yet, but kernels look.
+const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
+
 /// What a machine is to have.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
@@ -75,6 +78,10 @@ impl Machine {
         ports.add("i8042 command", I8042::COMMAND_PORT, 1, keyboard)?;
         ports.add("CMOS", Cmos::PORT, Cmos::PORTS, Arc::new(Cmos::default()))?;
         ports.add("POST code", 0x80, 1, Arc::new(Nothing))?;
+        // What these say matters with the next read, or never.
+        for (port, count) in [(PCI_CONFIG_ADDRESS, 4), (Cmos::PORT as u16, 1), (0x80, 1)] {
+            partition.defer_port_writes(port, count)?;
+        }
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(Bus::mmio()));
         Ok(Self { partition, ports, mmio, uart, pm })

@@ -5,6 +5,7 @@
 //! messages.
 
 mod cpuid;
+mod deferred;
 mod irq;
 mod stats;
 mod synic;
@@ -15,11 +16,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{KVM_API_VERSION, KVM_CAP_COALESCED_PIO, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::Killable;
 
+use deferred::DeferredWrites;
 pub use stats::KernelCounters;
 pub use synic::KvmSynic;
 
@@ -56,6 +58,8 @@ pub struct Partition {
     vps: Vec<vp::Vp>,
     vm: Arc<VmFd>,
     synic: Arc<KvmSynic>,
+    /// Not there when KVM cannot defer port writes (before Linux 5.0).
+    deferred: Option<Arc<DeferredWrites>>,
     /// KVM's slots refer to its mappings.
     memory: GuestMemory,
     stop: StopHandle,
@@ -157,7 +161,14 @@ impl Partition {
         irq::set_routes(&vm, sints)?;
         synic.attach_interrupts(sints)?;
 
-        Ok(Self { vps, vm, synic, memory: config.memory.clone(), stop })
+        let deferred = match vps.first() {
+            Some(vp) if kvm.check_extension_raw(KVM_CAP_COALESCED_PIO.into()) > 0 => {
+                let deferred = vp.deferred_writes().map_err(call("cannot map KVM's write ring"))?;
+                Some(Arc::new(deferred))
+            }
+            _ => None,
+        };
+        Ok(Self { vps, vm, synic, deferred, memory: config.memory.clone(), stop })
     }
 
     /// Its RAM.
@@ -198,6 +209,18 @@ impl Partition {
             .map_err(call("cannot bind a port to an event"))
     }
 
+    /// From now on a guest's writes to `count` ports from `port` need not exit: their device sees
+    /// them at the next exit of any processor, before that. Only for registers whose writes nobody
+    /// can notice until something else is accessed.
+    pub fn defer_port_writes(&self, port: u16, count: u32) -> Result<(), PartitionError> {
+        if self.deferred.is_none() {
+            return Ok(());
+        }
+        self.vm
+            .register_coalesced_mmio(IoEventAddress::Pio(port.into()), count)
+            .map_err(call("cannot defer writes to a port"))
+    }
+
     /// Where the first processor starts; the others wait for it to start them.
     pub fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
         match self.vps.first() {
@@ -218,7 +241,11 @@ impl Partition {
         let mut threads = Vec::new();
         for vp in self.vps.drain(..) {
             let name = vp.index().to_string();
-            let buses = vp::Buses { ports: Arc::clone(ports), mmio: Arc::clone(mmio) };
+            let buses = vp::Buses {
+                ports: Arc::clone(ports),
+                mmio: Arc::clone(mmio),
+                deferred: self.deferred.clone(),
+            };
             let sink = Arc::clone(sink);
             let builder = std::thread::Builder::new().name(name).stack_size(VP_STACK);
             let spawned = builder.spawn(move || vp.run(&buses, &*sink));

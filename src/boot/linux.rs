@@ -279,3 +279,135 @@ fn describe_memory(parameters: &mut boot_params, memory: &GuestMemory) {
     }
     parameters.e820_entries = entries as u8;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use tempfile::NamedTempFile;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn file(bytes: &[u8]) -> NamedTempFile {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// A bzImage of one setup sector and a page of "kernel", filled with 0x90.
+    fn bz_image(change: impl FnOnce(&mut setup_header)) -> NamedTempFile {
+        let mut header = setup_header {
+            setup_sects: 1,
+            boot_flag: BOOT_FLAG,
+            header: HEADER_MAGIC,
+            version: 0x020f,
+            loadflags: 1,
+            code32_start: HIGH_MEMORY as u32,
+            initrd_addr_max: 0x7fff_ffff,
+            relocatable_kernel: 1,
+            xloadflags: XLF_KERNEL_64,
+            cmdline_size: 100,
+            pref_address: 16 * MIB,
+            init_size: 4 << 20,
+            ..Default::default()
+        };
+        change(&mut header);
+        let mut image = vec![0; 1024];
+        image[0x1f1..0x1f1 + size_of::<setup_header>()].copy_from_slice(header.as_slice());
+        image.resize(1024 + 4096, 0x90);
+        file(&image)
+    }
+
+    fn boot<'a>(kernel: &'a NamedTempFile, initrd: Option<&'a NamedTempFile>) -> LinuxBoot<'a> {
+        let initrd = initrd.map(NamedTempFile::path);
+        LinuxBoot { kernel: kernel.path(), initrd, command_line: "console=ttyS0", vps: 2 }
+    }
+
+    fn parameters(memory: &GuestMemory) -> boot_params {
+        let mut parameters = boot_params::default();
+        memory.read(ZERO_PAGE, parameters.as_mut_slice()).unwrap();
+        parameters
+    }
+
+    #[test]
+    fn everything_is_where_the_kernel_looks_for_it() {
+        let memory = GuestMemory::new(4 << 30).unwrap();
+        let (kernel, initrd) = (bz_image(|_| {}), file(&[0xab; 5000]));
+        let state = boot(&kernel, Some(&initrd)).load(&memory).unwrap();
+
+        assert_eq!((state.entry, state.argument), (Gpa(16 * MIB + 0x200), ZERO_PAGE.0));
+        assert_eq!(memory.read_obj::<u8>(state.entry).unwrap(), 0x90);
+        let found = parameters(&memory);
+        let (image, size) = (found.hdr.ramdisk_image, found.hdr.ramdisk_size);
+        assert_eq!((image, size), (0x7fff_e000, 5000));
+        assert_eq!(memory.read_obj::<u8>(Gpa(image.into())).unwrap(), 0xab);
+        let mut line = [0; 14];
+        memory.read(Gpa(found.hdr.cmd_line_ptr.into()), &mut line).unwrap();
+        assert_eq!(line, *b"console=ttyS0\0");
+        assert_eq!(memory.read_obj::<[u8; 8]>(Gpa(found.acpi_rsdp_addr)).unwrap(), *b"RSD PTR ");
+
+        let map: Vec<_> = found.e820_table[..found.e820_entries.into()]
+            .iter()
+            .map(|entry| (entry.addr, entry.addr + entry.size, entry.r#type))
+            .collect();
+        assert_eq!(
+            map,
+            [(0, 0x9_fc00, 1), (0x9_fc00, MIB, 2), (MIB, 3 << 30, 1), (4 << 30, 5 << 30, 1)]
+        );
+    }
+
+    #[test]
+    fn the_initrd_ends_with_small_memory() {
+        let memory = GuestMemory::new(32 * MIB).unwrap();
+        let (kernel, initrd) = (bz_image(|_| {}), file(&[0xab; 4096]));
+        boot(&kernel, Some(&initrd)).load(&memory).unwrap();
+        let image = parameters(&memory).hdr.ramdisk_image;
+        assert_eq!(u64::from(image), 32 * MIB - 4096);
+    }
+
+    fn refusal(boot: &LinuxBoot<'_>, memory: u64) -> String {
+        boot.load(&GuestMemory::new(memory).unwrap()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused() {
+        let text = |kernel: &NamedTempFile| refusal(&boot(kernel, None), 64 * MIB);
+        assert!(text(&file(b"")).contains("shorter than four bytes"));
+        assert!(text(&file(b"#!/bin/sh\n")).contains("neither a bzImage nor an ELF"));
+        assert!(text(&file(&[0; 4096])).contains("neither a bzImage nor an ELF"));
+        assert!(text(&file(b"\x7fELF\x02\x01\x01rubbish")).contains("cannot be loaded"));
+        assert!(text(&bz_image(|h| h.xloadflags = 0)).contains("no 64-bit entry"));
+        assert!(text(&bz_image(|h| h.version = 0x0206)).contains("no 64-bit entry"));
+        assert!(text(&bz_image(|h| h.pref_address = u64::MAX)).contains("absurd"));
+        assert!(text(&bz_image(|h| h.setup_sects = 0xff)).contains("damaged"));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let kernel = bz_image(|_| {});
+        let text = refusal(&boot(&kernel, None), 16 * MIB);
+        assert!(text.starts_with("20 MiB of memory are needed for the kernel"), "{text}");
+        let initrd = file(&vec![0; 5 << 20]);
+        let text = refusal(&boot(&kernel, Some(&initrd)), 24 * MIB);
+        assert!(text.starts_with("25 MiB of memory are needed for the kernel and"), "{text}");
+
+        let line = "x".repeat(101);
+        let long = LinuxBoot { command_line: &line, ..boot(&kernel, None) };
+        assert!(refusal(&long, 64 * MIB).contains("101 bytes long, this kernel takes 100"));
+        let zero = LinuxBoot { command_line: "a\0b", ..boot(&kernel, None) };
+        assert!(refusal(&zero, 64 * MIB).contains("zero byte"));
+    }
+
+    #[test]
+    fn files_that_are_not_there_are_named() {
+        let kernel = bz_image(|_| {});
+        let initrd = Path::new("/nonexistent/initrd");
+        let missing = LinuxBoot { initrd: Some(initrd), ..boot(&kernel, None) };
+        let text = refusal(&missing, 64 * MIB);
+        assert!(text.starts_with("cannot read /nonexistent/initrd: No such file"), "{text}");
+        let directory = LinuxBoot { kernel: Path::new("/"), ..boot(&kernel, None) };
+        assert!(refusal(&directory, 64 * MIB).starts_with("cannot read /: Is a directory"));
+    }
+}

@@ -267,9 +267,15 @@ impl L1<'_> {
         let what = match ended {
             None => format!("the lab did not end within {} s", self.options.timeout.as_secs()),
             Some(ended) if ended.success() => "L1 went down before its command ended".to_owned(),
-            Some(ended) => format!("QEMU failed ({ended}): {}", self.tail("qemu.stderr", 1)),
+            Some(ended) => {
+                let stderr = self.lines("qemu.stderr");
+                let reason = stderr.first().map_or("", String::as_str);
+                bail!("L1 does not start: QEMU failed with {ended}: {reason}")
+            }
         };
-        bail!("{what}; the end of its console:\n{}", self.tail("console", TAIL));
+        let console = self.lines("console");
+        let tail = console[console.len().saturating_sub(TAIL)..].join("\n");
+        bail!("{what}; the end of its console:\n{tail}");
     }
 
     /// Waits for the end of QEMU, or until the time is up and it is ended: then there is no status. The step is
@@ -344,12 +350,11 @@ impl L1<'_> {
         last.map(str::to_owned)
     }
 
-    /// The last lines of one of the run's files.
-    fn tail(&self, file: &str, count: usize) -> String {
+    /// The lines of one of the run's files, without empty ones.
+    fn lines(&self, file: &str) -> Vec<String> {
         let bytes = fs::read(self.run.join(file)).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes).replace('\r', "");
-        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        lines[lines.len().saturating_sub(count)..].join("\n")
+        text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect()
     }
 
     /// Unpacks what the command left in /lab/out.

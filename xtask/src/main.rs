@@ -18,6 +18,7 @@ mod workspace;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Chores of this workspace")]
+#[command(after_help = "Example:\n  cargo xtask demo")]
 struct Cli {
     #[command(subcommand)]
     chore: Chore,

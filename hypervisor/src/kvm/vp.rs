@@ -22,6 +22,7 @@ use vmm_sys_util::signal::register_signal_handler;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::cpuid::{self, HostFeatures};
+use super::deferred::DeferredWrites;
 use super::stats::KernelCounters;
 use super::synic::{KvmSynic, SynicPages};
 use super::{HyperV, call};
@@ -75,6 +76,16 @@ pub(super) struct Environment {
 pub(super) struct Buses {
     pub(super) ports: Arc<Bus>,
     pub(super) mmio: Arc<Bus>,
+    /// Port writes from before an exit, to be done before it.
+    pub(super) deferred: Option<Arc<DeferredWrites>>,
+}
+
+impl Buses {
+    fn catch_up(&self) {
+        if let Some(deferred) = &self.deferred {
+            deferred.drain(|port, data| self.ports.write(port, data));
+        }
+    }
 }
 
 /// A virtual processor that does not run yet, or runs on its own thread.
@@ -138,6 +149,10 @@ impl Vp {
 
     pub(super) fn counters(&self) -> Arc<ExitCounters> {
         Arc::clone(&self.counters)
+    }
+
+    pub(super) fn deferred_writes(&self) -> io::Result<DeferredWrites> {
+        DeferredWrites::new(&self.fd)
     }
 
     pub(super) fn kernel_counters(&self) -> Option<KernelCounters> {
@@ -231,22 +246,26 @@ impl Vp {
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 counters.count(ExitKind::PortRead);
+                buses.catch_up();
                 for unit in data.chunks_exact_mut(port_width(run)) {
                     buses.ports.read(port.into(), unit);
                 }
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 counters.count(ExitKind::PortWrite);
+                buses.catch_up();
                 for unit in data.chunks_exact(port_width(run)) {
                     buses.ports.write(port.into(), unit);
                 }
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 counters.count(ExitKind::MmioRead);
+                buses.catch_up();
                 buses.mmio.read(address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 counters.count(ExitKind::MmioWrite);
+                buses.catch_up();
                 buses.mmio.write(address, data);
             }
             Ok(VcpuExit::Hyperv) => self.hyper_v_exit(sink),

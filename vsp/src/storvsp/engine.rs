@@ -55,6 +55,8 @@ pub(crate) struct Engine {
     resets: Vec<u64>,
     buffers: Vec<Buffer>,
     scratch: Box<Scratch>,
+    /// Bytes that were handed to disks since somebody last asked.
+    volume: u64,
 }
 
 /// A request under way.
@@ -114,6 +116,7 @@ impl Engine {
             resets: Vec::new(),
             buffers: Vec::with_capacity(MAX_PIECES),
             scratch: Box::new([0; _]),
+            volume: 0,
         })
     }
 
@@ -130,6 +133,11 @@ impl Engine {
     /// Answers that are still to be given.
     pub(super) fn owed(&self) -> usize {
         self.in_flight() + self.answers.len() + self.resets.len()
+    }
+
+    /// Bytes that were handed to disks since the last call.
+    pub(super) fn take_volume(&mut self) -> u64 {
+        std::mem::take(&mut self.volume)
     }
 
     /// Takes the answers that are ready.
@@ -280,6 +288,7 @@ impl Engine {
             let request =
                 Request { id: index.into(), operation, offset, len, buffers: &self.buffers };
             let Some(queue) = self.queues.get_mut(start.queue) else { return };
+            self.volume += len;
             // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped until
             // after the io_uring is gone; a guest may write there at any time.
             unsafe { queue.submit(request, uring, &mut self.done) };

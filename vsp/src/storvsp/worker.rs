@@ -27,6 +27,9 @@ use super::pacing::Pacer;
 /// range of its own, and a request.
 const LONGEST_PACKET: usize = 16 * 1024;
 
+/// From so many bytes on, a batch is handed over as it is.
+const BATCH_VOLUME: u64 = 64 << 10;
+
 /// Bytes of the outgoing ring that one answer takes.
 const ANSWER: u32 = packet::ring_size(size_of::<VstorPacket>()) as u32;
 
@@ -111,12 +114,19 @@ impl Worker {
     }
 
     /// Takes packets from the ring, waiting for company where that pays. Returns how many.
+    ///
+    /// Large requests go on at once and few at a time: the kernel may well move their data within
+    /// the system call that hands them over, and the guest should have the first while it does so
+    /// for the next.
     fn gather(&mut self) -> Result<u32, Fault> {
         let mut gathered = 0;
+        let mut volume = 0;
+        self.engine.take_volume();
         loop {
             let mut room = self.room()?;
             let mut taken = 0;
             while room > 0
+                && volume < BATCH_VOLUME
                 && let Some(packet) = self.channel.receive(&mut self.buffer)?
             {
                 let subchannels = self.engine.take(&packet, &mut self.uring);
@@ -125,13 +135,14 @@ impl Worker {
                 }
                 room -= 1;
                 taken += 1;
+                volume += self.engine.take_volume();
             }
             if taken > 0 {
                 self.pacer.arrived(self.started.elapsed(), taken);
                 gathered += taken;
             }
             self.can_take = room > 0;
-            if room == 0 {
+            if room == 0 || volume >= BATCH_VOLUME {
                 break;
             }
             let Some(until) = self.pacer.hold_until(gathered) else { break };
