@@ -20,9 +20,12 @@ use tracing_subscriber::EnvFilter;
 
 /// Runs guests on KVM with the device model of a Hyper-V host.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "\
+#[command(
+    version,
+    after_help = "\
 Example:
-  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2")]
+  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -73,14 +76,13 @@ fn refuse(error: &clap::Error) -> ExitCode {
         _ => {
             // The first paragraph says what is wrong; what follows is usage and hints.
             let text = error.render().to_string();
-            let what: Vec<&str> = text
-                .lines()
-                .map(str::trim)
-                .take_while(|line| !line.is_empty())
-                .collect();
+            let what: Vec<&str> =
+                text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
             let what = what.join(" ");
             let what = what.strip_prefix("error: ").unwrap_or(&what);
-            eprintln!("partita: {what}; 'partita --help' and 'partita run --help' list the options");
+            eprintln!(
+                "partita: {what}; 'partita --help' and 'partita run --help' list the options"
+            );
             ExitCode::FAILURE
         }
     }

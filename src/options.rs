@@ -58,7 +58,8 @@ fn pairs(list: &str) -> Result<Vec<(String, String)>, OptionError> {
     }
     let mut pairs: Vec<(String, String)> = Vec::new();
     for part in parts {
-        let (key, value) = part.split_once('=').ok_or_else(|| OptionError::NoValue(part.clone()))?;
+        let (key, value) =
+            part.split_once('=').ok_or_else(|| OptionError::NoValue(part.clone()))?;
         if pairs.iter().any(|(other, _)| other == key) {
             return Err(OptionError::Twice(key.to_owned()));
         }

@@ -102,9 +102,8 @@ impl Run {
             console.attach(&machine);
 
             let devices = controllers(&disks, config.vps)?;
-            let host =
-                Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
-                    .context("cannot start the VMBus")?;
+            let host = Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
+                .context("cannot start the VMBus")?;
             let statistics = Statistics::new(&machine);
             let reason = machine.run(&host.sink());
             console.detach();
@@ -157,20 +156,16 @@ fn controllers(disks: &[Attached], vps: u32) -> anyhow::Result<Vec<Box<dyn Devic
 }
 
 /// Where the serial port's output goes. A file is made once and written on over restarts.
-fn serial(
-    option: &SerialOption,
-    file: &mut Option<File>,
-) -> anyhow::Result<Box<dyn Write + Send>> {
+fn serial(option: &SerialOption, file: &mut Option<File>) -> anyhow::Result<Box<dyn Write + Send>> {
     Ok(match option {
         SerialOption::Stdio => Box::new(io::stdout()),
         SerialOption::Null => Box::new(io::sink()),
         SerialOption::File(path) => {
             let file = match file {
                 Some(file) => file,
-                None => file.insert(
-                    File::create(path)
-                        .with_context(|| format!("cannot write the serial port's output to {}", path.display()))?,
-                ),
+                None => file.insert(File::create(path).with_context(|| {
+                    format!("cannot write the serial port's output to {}", path.display())
+                })?),
             };
             Box::new(file.try_clone()?)
         }

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::machine::Machine;
 use anyhow::Context;
 use emulators::{PmBlock, Uart};
 use hypervisor::{StopHandle, StopReason};
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
-use crate::machine::Machine;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -109,8 +109,7 @@ impl Console {
 
     /// From now on, keys and the wish to end go to `machine`.
     pub fn attach(&self, machine: &Machine) {
-        let ends =
-            Ends { uart: machine.uart(), pm: machine.pm(), stop: machine.stop_handle() };
+        let ends = Ends { uart: machine.uart(), pm: machine.pm(), stop: machine.stop_handle() };
         lock(&self.shared).machine = Some(ends);
     }
 

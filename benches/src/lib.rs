@@ -14,7 +14,10 @@ pub mod rig;
 pub mod ring;
 pub mod stats;
 
+use std::time::Duration;
+
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
 
 /// Has this thread, and those it starts from now on, run on processor `cpu` only, counted from 0
 /// among those that are allowed; any of them if `None`. Does nothing where there is but one.
@@ -34,4 +37,10 @@ pub fn pin(allowed: &CpuSet, cpu: Option<usize>) {
 /// The processors this process may use.
 pub fn processors() -> CpuSet {
     sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new())
+}
+
+/// How long the calling thread has run: where one thread does all the work, this is what the work
+/// costs, however busy the machine.
+pub fn thread_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }

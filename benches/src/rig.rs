@@ -15,6 +15,8 @@ use vsc::storvsc::{Command, Disk, PageList, Pages, Queue, Scratch, words};
 use vsc::{Channel, Counters};
 use vsp::storvsp::ControllerBuilder;
 
+use crate::thread_time;
+
 /// The most requests in flight.
 pub const DEPTH: usize = 64;
 /// The longest request.
@@ -68,6 +70,8 @@ pub struct Sample {
     pub reads: u64,
     /// In which time.
     pub time: Duration,
+    /// Of which the calling thread ran so long.
+    pub cpu: Duration,
     /// Times the client rang the worker's doorbell.
     pub signals: u64,
     /// Times the worker interrupted the client.
@@ -78,6 +82,12 @@ impl Sample {
     /// Reads a second.
     pub fn rate(&self) -> f64 {
         self.reads as f64 / self.time.as_secs_f64()
+    }
+
+    /// Nanoseconds that the calling thread ran for each read: the cost where it does all the work,
+    /// however busy the machine.
+    pub fn cpu_nanoseconds(&self) -> f64 {
+        self.cpu.as_nanos() as f64 / self.reads.max(1) as f64
     }
 
     /// Nanoseconds for each read.
@@ -194,7 +204,7 @@ impl Rig {
         let mut free: Vec<u16> = (0..depth).rev().collect();
         let (mut sent, mut done, mut failed) = (0u64, 0u64, None);
         let mut turns = 0u32;
-        let started = Instant::now();
+        let (started, cpu) = (Instant::now(), thread_time());
         let mut over = false;
         loop {
             if !batches || free.len() == usize::from(depth) {
@@ -235,7 +245,7 @@ impl Rig {
                 over |= started.elapsed() >= time;
             }
         }
-        let time = started.elapsed();
+        let (time, cpu) = (started.elapsed(), thread_time().saturating_sub(cpu));
         if let Some(outcome) = failed {
             let bytes = outcome.context("a read failed")?;
             ensure!(bytes == block, "a read of {block} bytes got {bytes}");
@@ -244,6 +254,7 @@ impl Rig {
         Ok(Sample {
             reads: done,
             time,
+            cpu,
             signals: signals - before.signals,
             interrupts: end.interrupt.count() - interrupts,
         })

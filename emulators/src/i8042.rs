@@ -3,7 +3,7 @@
 
 use hypervisor::{Device, StopHandle, StopReason};
 
-/// The controller, five ports from 0x60 of which it has the first and the last.
+/// The controller, as far as its command port goes. Its data port reads as [`crate::Nothing`].
 pub struct I8042 {
     stop: StopHandle,
 }
@@ -20,7 +20,7 @@ impl I8042 {
     }
 }
 
-/// Put on the bus once per port, so the offset is always 0: this is the command port.
+/// One port, the command port.
 impl Device for I8042 {
     fn read(&self, _: u64, data: &mut [u8]) {
         data.fill(0); // both buffers are empty: ready for a command, and nothing to read

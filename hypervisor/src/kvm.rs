@@ -259,13 +259,8 @@ impl Partition {
         }
         let reason = self.stop.wait();
         stop_all(threads);
-        for (index, counters) in kernel_counters.iter().enumerate() {
-            let values: Vec<_> = counters
-                .read()
-                .filter(|(_, value)| *value > 0)
-                .map(|(name, value)| format!("{name}={value}"))
-                .collect();
-            tracing::debug!("{}: {}", VpIndex(index as u32), values.join(" "));
+        for (index, counters) in (0..).map(VpIndex).zip(&kernel_counters) {
+            tracing::debug!("{index}: {counters}");
         }
         reason
     }
@@ -306,7 +301,8 @@ fn add_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), PartitionError> {
             memory_size: region.len,
             userspace_addr: region.host as u64,
         };
-        // SAFETY: the range is a mapping that `Partition::memory` keeps as long as the machine.
+        // SAFETY: the range is a mapping of guest memory. KVM uses it on behalf of processors, and
+        // `Partition` keeps the memory until these are gone.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(call("cannot give the virtual machine its memory"))?;
     }

@@ -1,6 +1,7 @@
 //! The thin hypervisor: partitions, virtual processors, guest memory, intercepts and the SynIC.
 //! No device, no driver and no file format lives here.
 
+mod hypercall;
 mod intercept;
 pub mod kvm;
 pub mod layout;

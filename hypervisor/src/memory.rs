@@ -6,7 +6,7 @@
 //! ([`crate::layout`]); so there are two regions at most, and to find an address costs two
 //! comparisons.
 //!
-//! [`backing`] says which kind of file, and what the choice is worth.
+//! Which kind of file it is, and so what its pages cost, is up to the host: [`Backing`].
 
 #![allow(unsafe_code)] // Pointers into the mapping become slices here, after their bounds were checked.
 

@@ -200,3 +200,42 @@ fn deferred_writes_come_before_the_next_exit() {
     assert_eq!(*written, [(0, b"1".to_vec()), (0, b"2".to_vec()), (0x10, b"!".to_vec())]);
     assert!(matches!(counters[0].total(), 1 | 3), "one where KVM can defer port writes");
 }
+
+#[test]
+fn the_kernels_counters_count() {
+    let code = [
+        0x66, 0xba, 0x00, 0x01, // mov dx, 0x100
+        0xb0, 0x21, // mov al, '!'
+        0xee, // out dx, al
+    ];
+    let Some(mut partition) = partition(1, &code) else { return };
+    let counters = partition.kernel_counters();
+    let Some(counters) = counters.first() else { return }; // a kernel before 5.14
+    assert_eq!(counters.get("exits"), Some(0));
+    assert_eq!(counters.get("no such counter"), None);
+    let device = Arc::new(Port { written: Mutex::default(), stop: partition.stop_handle() });
+    let mut ports = Bus::ports();
+    ports.add("device", 0x100, 1, device).unwrap();
+    assert_eq!(run(&mut partition, ports, Bus::mmio()), StopReason::PowerOff);
+    assert!(counters.read().any(|(_, value)| value > 0), "{counters}");
+}
+
+struct Panics;
+
+impl Device for Panics {
+    fn read(&self, _: u64, _: &mut [u8]) {
+        panic!("a device's mistake, on purpose");
+    }
+
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
+#[test]
+fn a_panic_ends_the_run() {
+    let code = [0xe4, 0x10]; // in al, 0x10
+    let Some(mut partition) = partition(2, &code) else { return };
+    let mut ports = Bus::ports();
+    ports.add("device", 0x10, 1, Arc::new(Panics)).unwrap();
+    let reason = run(&mut partition, ports, Bus::mmio());
+    assert!(matches!(reason, StopReason::Error(what) if what.contains("panicked")));
+}

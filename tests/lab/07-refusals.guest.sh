@@ -7,7 +7,8 @@ modprobe sg 2>/dev/null
 sense 'past the end' -r 512 /dev/sda 28 00 ff ff ff f0 00 00 01 00
 sense 'past the end, 64 bit' -r 512 /dev/sda 88 00 ff ff ff ff ff ff ff ff 00 00 00 01 00 00
 sense 'no such command' /dev/sda ef 00 00 00 00 00
-sense 'wrong field' -r 64 /dev/sda 12 01 ee 00 40 00
+# Protection information, which the disk was not formatted with.
+sense 'wrong field' -r 512 /dev/sda 28 e0 00 00 00 00 00 00 01 00
 sense 'unmap past the end' -s 24 -i /dev/zero /dev/sda 42 00 00 00 00 00 00 00 18 00
 # Fewer and more bytes than the command speaks of.
 sg_raw -r 512 /dev/sda 28 00 00 00 00 00 00 00 08 00 >/dev/null 2>&1

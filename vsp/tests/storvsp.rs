@@ -74,12 +74,7 @@ impl Guest {
     fn ask_anyway(&mut self, operation: Operation, body: &[u8]) -> VstorPacket {
         let id = self.id();
         let packet = VstorPacket::request(operation, body);
-        self.end.send(
-            PacketKind::InBand,
-            PacketFlags::COMPLETION_REQUESTED,
-            id,
-            packet.as_bytes(),
-        );
+        self.end.send(PacketKind::InBand, PacketFlags::COMPLETION_REQUESTED, id, packet.as_bytes());
         let (got, packet) = self.receive();
         assert_eq!(got, id);
         packet
@@ -413,8 +408,7 @@ fn unmap_and_write_same() {
     // A pattern over 1000 blocks.
     let block = pattern(512, 9);
     guest.put(0x10_0000, &block);
-    let answer =
-        guest.run(&rw10(0x41, 200, 1000), DataDirection::Write, &[(0x10_0000, 512)]);
+    let answer = guest.run(&rw10(0x41, 200, 1000), DataDirection::Write, &[(0x10_0000, 512)]);
     assert_eq!(answer.srb_status, SrbStatus::Success, "{answer:?}");
     for lba in [200, 201, 700, 1199] {
         ram.read(lba * 512, &mut bytes[..512]);

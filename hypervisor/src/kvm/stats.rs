@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code)] // ioctl
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
@@ -77,6 +78,18 @@ impl KernelCounters {
     /// The value of one counter, such as `pf_fixed`.
     pub fn get(&self, name: &str) -> Option<u64> {
         self.read().find(|(other, _)| *other == name).map(|(_, value)| value)
+    }
+}
+
+/// What is not zero, on one line.
+impl fmt::Display for KernelCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for (name, value) in self.read().filter(|(_, value)| *value > 0) {
+            write!(f, "{separator}{value} {name}")?;
+            separator = ", ";
+        }
+        Ok(())
     }
 }
 

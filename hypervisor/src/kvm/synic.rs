@@ -6,8 +6,9 @@
 //!
 //! KVM does not say when a guest has emptied a slot, except through a *resample* irqfd that fires
 //! at the end of every interrupt of that SINT. Channels interrupt by the same SINT, so it could be
-//! there only while a message waits; but to take one away waits for a grace period of the kernel,
-//! which is longer than the guest needs for a message. So a timer looks again instead.
+//! there only while a message waits. But to add one took 3 to 14 ms and to take it away 12 to 24 ms
+//! where this was measured (a KVM under emulation): the kernel waits for grace periods, far longer
+//! than a guest needs for a message. So a timer looks again instead.
 
 #![allow(unsafe_code)] // ioctl, timerfd
 

@@ -19,18 +19,17 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::signal::register_signal_handler;
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::cpuid::{self, HostFeatures};
 use super::deferred::DeferredWrites;
 use super::stats::KernelCounters;
 use super::synic::{KvmSynic, SynicPages};
 use super::{HyperV, call};
+use crate::hypercall::Hypercall;
 use crate::partition::ExitKind;
-use crate::synic::{ConnectionId, HvStatus, MESSAGE_PAYLOAD, MessageSink};
+use crate::synic::MessageSink;
 use crate::{
-    BootState, Bus, ExitCounters, Gpa, GuestMemory, PAGE_SIZE, PartitionError, StopHandle,
-    StopReason, VpIndex,
+    BootState, Bus, ExitCounters, GuestMemory, PartitionError, StopHandle, StopReason, VpIndex,
 };
 
 /// The signal that gets a processor out of KVM: the first real-time signal that libc leaves us.
@@ -93,6 +92,19 @@ pub(super) struct Vp {
     fd: VcpuFd,
     environment: Environment,
     counters: Arc<ExitCounters>,
+}
+
+/// Ends a processor's claim to its thread, and the whole run if that unwinds: the other processors
+/// would go on without it.
+struct RunGuard(StopHandle);
+
+impl Drop for RunGuard {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+        if std::thread::panicking() {
+            self.0.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
+        }
+    }
 }
 
 /// What the loop does after an exit.
@@ -178,12 +190,29 @@ impl Vp {
 
         const MTRR_DEF_TYPE: u32 = 0x2ff;
         const MISC_ENABLE: u32 = 0x1a0;
+        const MISC_ENABLE_FAST_STRINGS: u64 = 1;
+        let misc_enable = self.read_msrs([MISC_ENABLE])[0].unwrap_or(0);
         let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-        // MTRRs on, default type write-back; fast string operations on.
-        let msrs = Msrs::from_entries(&[msr(MTRR_DEF_TYPE, 1 << 11 | 6), msr(MISC_ENABLE, 1)])
-            .expect("two entries fit");
+        let msrs = Msrs::from_entries(&[
+            msr(MTRR_DEF_TYPE, 1 << 11 | 6), // MTRRs on, default type write-back
+            msr(MISC_ENABLE, misc_enable | MISC_ENABLE_FAST_STRINGS),
+        ])
+        .expect("two entries fit");
         self.fd.set_msrs(&msrs).map_err(call("cannot set a processor's registers"))?;
         Ok(())
+    }
+
+    /// The values of model-specific registers; `None` from the first that KVM does not know.
+    fn read_msrs<const N: usize>(&self, indices: [u32; N]) -> [Option<u64>; N] {
+        let entries = indices.map(|index| kvm_msr_entry { index, ..Default::default() });
+        let mut msrs = Msrs::from_entries(&entries).expect("a few entries fit");
+        let known = self.fd.get_msrs(&mut msrs).unwrap_or(0);
+        let values = msrs.as_slice().iter().take(known).map(|msr| msr.data);
+        let mut result = [None; N];
+        for (slot, value) in result.iter_mut().zip(values) {
+            *slot = Some(value);
+        }
+        result
     }
 
     pub(super) fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
@@ -230,12 +259,12 @@ impl Vp {
     /// Runs until somebody stops the partition.
     pub(super) fn run(mut self, buses: &Buses, sink: &dyn MessageSink) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        let _guard = RunGuard(self.environment.stop.clone());
         while !self.environment.stop.is_stopping() {
             if let Next::Stop(reason) = self.step(buses, sink) {
                 self.environment.stop.stop(reason);
             }
         }
-        IMMEDIATE_EXIT.set(std::ptr::null_mut());
     }
 
     /// Lets the guest run until its next exit, and answers that.
@@ -322,8 +351,8 @@ impl Vp {
             KVM_EXIT_HYPERV_HCALL => {
                 // SAFETY: the type says that this is the member in use.
                 let call = unsafe { &mut exit.u.hcall };
-                let call_in = Hypercall { control: call.input, input: call.params[0] };
-                let (kind, status) = call_in.serve(&environment.memory, sink);
+                let hypercall = Hypercall { control: call.input, input: call.params[0] };
+                let (kind, status) = hypercall.serve(&environment.memory, sink);
                 counters.count(kind);
                 call.result = status.0.into();
             }
@@ -351,13 +380,13 @@ impl Vp {
         if self.counters.get(ExitKind::SystemEvent) > 1 {
             return;
         }
-        let entries =
-            [0, 1, 2, 3, 4].map(|n| kvm_msr_entry { index: CRASH_P0 + n, ..Default::default() });
-        let mut msrs = Msrs::from_entries(&entries).expect("five entries fit");
-        let read = self.fd.get_msrs(&mut msrs).unwrap_or(0);
-        let values: Vec<_> =
-            msrs.as_slice().iter().take(read).map(|msr| format!("{:#x}", msr.data)).collect();
-        tracing::warn!(vp = self.index().0, parameters = values.join(" "), "the guest has crashed");
+        let values: Vec<_> = self
+            .read_msrs([0, 1, 2, 3, 4].map(|n| CRASH_P0 + n))
+            .into_iter()
+            .flatten()
+            .map(|value| format!("{value:#x}"))
+            .collect();
+        tracing::warn!("the guest has crashed on {}: {}", self.index(), values.join(" "));
     }
 
     /// Ends the run with a line that says where the processor was.
@@ -407,112 +436,4 @@ fn host_virtualizes_apic() -> bool {
         std::fs::read_to_string(format!("/sys/module/{name}"))
             .is_ok_and(|text| matches!(text.trim(), "Y" | "1"))
     })
-}
-
-/// A hypercall that KVM leaves to us.
-struct Hypercall {
-    /// RCX: code in bits 0 to 15, fast in bit 16 (TLFS, "Hypercall inputs").
-    control: u64,
-    /// The address of the input; for *signal event* the connection, whichever form the guest used.
-    input: u64,
-}
-
-/// The input of *post message*, `HvCallPostMessage`.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct PostMessageInput {
-    connection: u32,
-    reserved: u32,
-    message_type: u32,
-    payload_size: u32,
-    payload: [u8; MESSAGE_PAYLOAD],
-}
-
-const _: () = assert!(size_of::<PostMessageInput>() == 256);
-
-impl Hypercall {
-    const POST_MESSAGE: u64 = 0x5c;
-    const SIGNAL_EVENT: u64 = 0x5d;
-    const FAST: u64 = 1 << 16;
-
-    fn serve(&self, memory: &GuestMemory, sink: &dyn MessageSink) -> (ExitKind, HvStatus) {
-        match self.control & 0xffff {
-            Self::POST_MESSAGE => (ExitKind::PostMessage, self.post_message(memory, sink)),
-            // Bound connections never come here.
-            Self::SIGNAL_EVENT => (ExitKind::SignalEvent, HvStatus::INVALID_CONNECTION_ID),
-            _ => (ExitKind::Other, HvStatus::INVALID_HYPERCALL_CODE),
-        }
-    }
-
-    fn post_message(&self, memory: &GuestMemory, sink: &dyn MessageSink) -> HvStatus {
-        const INPUT: usize = size_of::<PostMessageInput>();
-        let offset = (self.input % PAGE_SIZE as u64) as usize;
-        if self.control & Self::FAST != 0 {
-            return HvStatus::INVALID_HYPERCALL_INPUT;
-        }
-        if !self.input.is_multiple_of(8) || offset > PAGE_SIZE - INPUT {
-            return HvStatus::INVALID_ALIGNMENT;
-        }
-        // One copy, which the guest cannot change any more.
-        let Ok(input) = memory.read_obj::<PostMessageInput>(Gpa(self.input)) else {
-            return HvStatus::INVALID_ALIGNMENT;
-        };
-        let payload =
-            usize::try_from(input.payload_size).ok().and_then(|size| input.payload.get(..size));
-        match payload {
-            Some(payload) => {
-                sink.post(ConnectionId::new(input.connection), input.message_type, payload)
-            }
-            None => HvStatus::INVALID_PARAMETER,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Mutex;
-
-    use zerocopy::FromZeros;
-
-    use super::*;
-
-    #[derive(Default)]
-    struct Sink(Mutex<Vec<(u32, u32, Vec<u8>)>>);
-
-    impl MessageSink for Sink {
-        fn post(&self, connection: ConnectionId, message_type: u32, payload: &[u8]) -> HvStatus {
-            self.0.lock().unwrap().push((connection.get(), message_type, payload.to_vec()));
-            HvStatus::SUCCESS
-        }
-    }
-
-    fn post(memory: &GuestMemory, sink: &Sink, control: u64, input: u64) -> HvStatus {
-        Hypercall { control, input }.serve(memory, sink).1
-    }
-
-    #[test]
-    fn a_posted_message_is_read_once_and_checked() {
-        let memory = GuestMemory::new(1 << 20).unwrap();
-        let sink = Sink::default();
-        let mut input = PostMessageInput::new_zeroed();
-        (input.connection, input.message_type, input.payload_size) = (0xff00_0004, 1, 3);
-        input.payload[..3].copy_from_slice(b"abc");
-        memory.write_obj(Gpa(0x2f00), &input).unwrap();
-
-        assert_eq!(post(&memory, &sink, 0x5c, 0x2f00), HvStatus::SUCCESS);
-        assert_eq!(*sink.0.lock().unwrap(), [(4, 1, b"abc".to_vec())]);
-
-        assert_eq!(post(&memory, &sink, 0x5c, 0x2f08), HvStatus::INVALID_ALIGNMENT);
-        assert_eq!(post(&memory, &sink, 0x5c, 0x2e04), HvStatus::INVALID_ALIGNMENT);
-        assert_eq!(post(&memory, &sink, 0x5c, 1 << 30), HvStatus::INVALID_ALIGNMENT);
-        assert_eq!(post(&memory, &sink, 0x5c, u64::MAX - 7), HvStatus::INVALID_ALIGNMENT);
-        assert_eq!(post(&memory, &sink, 0x1_005c, 0x2f00), HvStatus::INVALID_HYPERCALL_INPUT);
-        assert_eq!(post(&memory, &sink, 0x1_005d, 7), HvStatus::INVALID_CONNECTION_ID);
-        assert_eq!(post(&memory, &sink, 0x46, 7), HvStatus::INVALID_HYPERCALL_CODE);
-
-        input.payload_size = 241;
-        memory.write_obj(Gpa(0x2f00), &input).unwrap();
-        assert_eq!(post(&memory, &sink, 0x5c, 0x2f00), HvStatus::INVALID_PARAMETER);
-        assert_eq!(sink.0.lock().unwrap().len(), 1);
-    }
 }

@@ -29,7 +29,7 @@ use rustix::io::FdFlags;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// The kind of memory a guest got; see [the module](self).
+/// The kind of memory a guest got, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
     /// A tmpfs of our own with huge pages.

@@ -35,13 +35,14 @@ impl OperationCode {
     pub const VERIFY_12: Self = Self(0xaf);
 
     /// Bytes of a CDB with this code: its top three bits are a group (SPC-4 4.2.5.1). Groups
-    /// without a length, of which no command is known here, count as 16.
+    /// without a length, of which no command is known here, count as the code alone.
     const fn cdb_len(self) -> usize {
         match self.0 >> 5 {
             0 => 6,
             1 | 2 => 10,
+            4 => 16,
             5 => 12,
-            _ => 16,
+            _ => 1,
         }
     }
 }

@@ -27,9 +27,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::handshake::{Grants, Handshake};
 use super::{LUNS, Luns};
-use crate::scsi::{
-    self, Action, Command, Direction, Outcome, Parameters, Range, Scratch, Status,
-};
+use crate::scsi::{self, Action, Command, Direction, Outcome, Parameters, Range, Scratch, Status};
 
 /// The most pieces of guest memory that one packet can name, as its worker's buffer bounds it.
 const MAX_PIECES: usize = 2048;
@@ -79,7 +77,11 @@ enum Rest {
     /// Ranges to discard (UNMAP).
     Ranges(std::vec::IntoIter<Range>),
     /// A pattern to go on writing (WRITE SAME).
-    Pattern { offset: u64, left: u64, pattern: Box<[u8]> },
+    Pattern {
+        offset: u64,
+        left: u64,
+        pattern: Box<[u8]>,
+    },
 }
 
 /// Whom to answer: nobody, if the guest asked for no completion.
@@ -208,19 +210,25 @@ impl Engine {
         // Each controller has one bus with one target.
         let here = request.path == 0 && request.target == 0;
         let lun = if here { request.lun } else { u8::MAX };
-        let luns = Arc::clone(&self.luns);
         let queue = self.present.iter().position(|present| *present == lun);
-        let (Some(unit), Some(queue)) = (luns.get(lun), queue) else {
+        let (Some(unit), Some(queue)) = (self.luns.get(lun), queue) else {
             let listed: &[u8] = if here { &self.present } else { &[] };
             let action = scsi::plan_absent(&command, listed, &mut self.scratch);
             return match action {
-                Action::Complete(outcome) => self.complete_now(transaction, &request, ranges, outcome),
+                Action::Complete(outcome) => {
+                    self.complete_now(transaction, &request, ranges, outcome);
+                }
                 _ => self.reply(transaction, invalid(&request)),
             };
         };
         let action = unit.scsi.plan(&command, &self.present, &mut self.scratch);
         let Action::Parameters(parameters) = action else {
-            return self.carry_out(Start { transaction, request, queue, parameters: None }, action, ranges, uring);
+            return self.carry_out(
+                Start { transaction, request, queue, parameters: None },
+                action,
+                ranges,
+                uring,
+            );
         };
         let mut bytes = [0; Parameters::MAX_LEN];
         let wanted = usize::try_from(parameters.len).unwrap_or(usize::MAX);

@@ -7,8 +7,8 @@ use backends::block::Disk;
 use backends::ram::RamDisk;
 use backends::uring::Uring;
 use hypervisor::GuestMemory;
-use vmbus::packet::{Descriptor, PacketFlags, PacketKind};
 use vmbus::packet::Packet;
+use vmbus::packet::{Descriptor, PacketFlags, PacketKind};
 
 use super::ControllerBuilder;
 use super::engine::Engine;

@@ -5,9 +5,7 @@
 //! kernel begins anew on a channel its predecessor left), so a step out of order is refused, and
 //! *begin* is always right.
 
-use vmbus::vstor::{
-    NtStatus, Operation, Properties, ProtocolVersion, Version, VstorPacket,
-};
+use vmbus::vstor::{NtStatus, Operation, Properties, ProtocolVersion, Version, VstorPacket};
 use zerocopy::IntoBytes;
 
 /// What the controller grants each guest.
@@ -163,10 +161,7 @@ mod tests {
         assert_eq!(properties.max_transfer, 1 << 20);
         assert_eq!(ask(&mut shake, Operation::EndInitialization, &[]).0, NtStatus::Success);
         assert!(shake.is_ready());
-        assert_eq!(
-            ask(&mut shake, Operation::CreateSubChannels, &[2, 0]),
-            (NtStatus::Success, 2)
-        );
+        assert_eq!(ask(&mut shake, Operation::CreateSubChannels, &[2, 0]), (NtStatus::Success, 2));
         assert_eq!(
             ask(&mut shake, Operation::CreateSubChannels, &[4, 0]),
             (NtStatus::InvalidParameter, 0)

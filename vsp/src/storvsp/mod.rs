@@ -115,8 +115,7 @@ impl ControllerBuilder {
                 .find_map(|(lun, unit)| unit.is_none().then_some(lun))
                 .ok_or(AttachError::Full)?,
         };
-        let place =
-            self.luns.0.get_mut(usize::from(lun)).ok_or(AttachError::NoSuchLun(lun))?;
+        let place = self.luns.0.get_mut(usize::from(lun)).ok_or(AttachError::NoSuchLun(lun))?;
         if place.is_some() {
             return Err(AttachError::Taken(lun));
         }

@@ -78,8 +78,7 @@ impl Worker {
     ) -> io::Result<Self> {
         let mut uring = Uring::new(u32::from(Engine::DEPTH))?;
         let primary = channel.subchannel == 0;
-        let engine =
-            Engine::new(channel.memory.clone(), luns, grants, primary, &mut uring)?;
+        let engine = Engine::new(channel.memory.clone(), luns, grants, primary, &mut uring)?;
         let doorbell = uring::Doorbell::new(Arc::clone(&channel.doorbell), DOORBELL);
         doorbell.arm(&mut uring)?;
         Ok(Self {
