@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use emulators::{Cmos, I8042, Nothing, PmBlock, ResetRegister, Uart};
-use hypervisor::kvm::{HyperV, Partition, PartitionConfig};
+use hypervisor::kvm::{HyperV, KernelCounters, Partition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
 use hypervisor::{Bus, ExitCounters, GuestMemory, StopHandle, StopReason};
 
@@ -115,6 +115,11 @@ impl Machine {
     /// What each processor counted, also while it runs.
     pub fn exit_counters(&self) -> Vec<Arc<ExitCounters>> {
         self.partition.exit_counters()
+    }
+
+    /// What the kernel counts for each processor; to be asked for before the machine runs.
+    pub fn kernel_counters(&self) -> Vec<KernelCounters> {
+        self.partition.kernel_counters()
     }
 
     /// The port and memory buses, for their counters.

@@ -99,18 +99,20 @@ impl Run {
                 console = Some(Console::new(self.serial == SerialOption::Stdio)?);
             }
             let console = console.as_ref().expect("just made");
-            console.attach(&machine);
 
             let devices = controllers(&disks, config.vps)?;
             let host = Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
                 .context("cannot start the VMBus")?;
-            let statistics = Statistics::new(&machine);
-            let reason = machine.run(&host.sink());
+            let sink = host.sink();
+            let statistics = Arc::new(Statistics::new(&machine, host));
+            console.attach(&machine, &statistics);
+            let reason = machine.run(&sink);
             console.detach();
             if self.stats {
-                statistics.print(&host);
+                statistics.print();
             }
-            host.stop();
+            // With them goes the bus: its channels are closed and their I/O has ended.
+            drop(statistics);
             drop(machine);
             match reason {
                 StopReason::PowerOff => return Ok(ExitCode::SUCCESS),

@@ -1,63 +1,80 @@
-//! `--stats`: what the machine counted, printed when the guest has ended.
+//! What a machine has counted: printed with `--stats` when the guest has ended, and at any time on
+//! SIGUSR1.
 
 use std::sync::Arc;
 use std::time::Instant;
 
+use hypervisor::kvm::KernelCounters;
 use hypervisor::{Bus, ExitCounters};
 use vmbus_server::Host;
 
 use crate::machine::Machine;
 
-/// The counters of a machine, which outlive it.
+/// The counters of a machine and of its bus.
 pub struct Statistics {
+    host: Host,
     exits: Vec<Arc<ExitCounters>>,
+    kernel: Vec<KernelCounters>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     started: Instant,
 }
 
 impl Statistics {
-    /// Those of a machine that is about to run.
-    pub fn new(machine: &Machine) -> Self {
+    /// Those of a machine that is about to run, with its bus.
+    pub fn new(machine: &Machine, host: Host) -> Self {
         let (ports, mmio) = machine.buses();
-        Self { exits: machine.exit_counters(), ports, mmio, started: Instant::now() }
+        Self {
+            host,
+            exits: machine.exit_counters(),
+            kernel: machine.kernel_counters(),
+            ports,
+            mmio,
+            started: Instant::now(),
+        }
     }
 
-    /// Prints them to standard error.
-    pub fn print(&self, host: &Host) {
-        eprintln!("ran: {:.3} s", self.started.elapsed().as_secs_f64());
+    /// Prints them to standard error, a line for each thing that counts.
+    pub fn print(&self) {
+        let mut report = format!("stats: after {:.3} s\n", self.started.elapsed().as_secs_f64());
         for (index, exits) in self.exits.iter().enumerate() {
-            eprintln!("vp{index} exits to user space: {exits}");
+            report += &format!("stats: vp{index} exits to user space: {exits}\n");
         }
-        eprintln!(
-            "accesses to nothing: {} ports, {} addresses",
-            self.ports.unclaimed(),
-            self.mmio.unclaimed()
-        );
-        for (instance, index, counters) in host.counters() {
-            eprintln!(
-                "channel {instance}.{index}: {} packets in, {} out, {} enters, {} signals heard, \
-                 {} sleeps, {} interrupts, {} merged, {} spared",
-                counters.packets_in.get(),
-                counters.packets_out.get(),
-                counters.enters.get(),
-                counters.signals.get(),
-                counters.sleeps.get(),
-                counters.interrupts.get(),
-                counters.interrupts_merged.get(),
-                counters.interrupts_spared.get(),
+        for (index, kernel) in self.kernel.iter().enumerate() {
+            report += &format!("stats: vp{index} in the kernel: {kernel}\n");
+        }
+        let (ports, mmio) = (self.ports.unclaimed(), self.mmio.unclaimed());
+        report += &format!("stats: accesses to nothing: {ports} ports, {mmio} addresses\n");
+        for (instance, index, counters) in self.host.counters() {
+            let values = [
+                ("packets_in", &counters.packets_in),
+                ("packets_out", &counters.packets_out),
+                ("enters", &counters.enters),
+                ("signals", &counters.signals),
+                ("sleeps", &counters.sleeps),
+                ("interrupts", &counters.interrupts),
+                ("interrupts_merged", &counters.interrupts_merged),
+                ("interrupts_spared", &counters.interrupts_spared),
+            ];
+            let values = values.map(|(name, counter)| format!("{name} {}", counter.get()));
+            report += &format!("stats: channel {instance}.{index}: {}\n", values.join(", "));
+        }
+        if let Some((own, files)) = resident() {
+            report += &format!(
+                "stats: resident beyond guest memory: {own} KiB of its own, {files} KiB of files\n"
             );
         }
-        if let Ok(status) = std::fs::read_to_string("/proc/self/status") {
-            let resident = |key: &str| {
-                let line = status.lines().find(|line| line.starts_with(key))?;
-                line.split_whitespace().nth(1)?.parse::<u64>().ok()
-            };
-            if let (Some(anonymous), Some(file)) = (resident("RssAnon:"), resident("RssFile:")) {
-                eprintln!(
-                    "resident beyond guest memory: {anonymous} KiB of its own, {file} KiB of files"
-                );
-            }
-        }
+        eprint!("{report}");
     }
+}
+
+/// KiB of anonymous memory and of mapped files that the process has in RAM. Guest memory is
+/// neither, but shared.
+fn resident() -> Option<(u64, u64)> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let field = |key: &str| -> Option<u64> {
+        let line = status.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    Some((field("RssAnon:")?, field("RssFile:")?))
 }

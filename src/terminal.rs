@@ -3,7 +3,7 @@
 //! On a terminal every key goes to the guest, Ctrl-C included: the terminal is put into raw mode
 //! and restored at the end. Two Ctrl-C within two seconds end the run, as do two SIGINT where
 //! standard input is no terminal. SIGTERM presses the guest's power button; a second one ends the
-//! run.
+//! run. SIGUSR1 prints what the machine has counted so far.
 
 use std::io::{self, IsTerminal, Read};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -11,11 +11,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::machine::Machine;
+use crate::statistics::Statistics;
 use anyhow::Context;
 use emulators::{PmBlock, Uart};
 use hypervisor::{StopHandle, StopReason};
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 /// What Ctrl-C sends.
@@ -45,6 +46,7 @@ struct Ends {
     uart: Arc<Uart>,
     pm: Arc<PmBlock>,
     stop: StopHandle,
+    statistics: Arc<Statistics>,
 }
 
 impl Shared {
@@ -69,6 +71,12 @@ impl Shared {
         }
     }
 
+    fn print_statistics(&self) {
+        if let Some(machine) = &self.machine {
+            machine.statistics.print();
+        }
+    }
+
     fn stop(&self) {
         if let Some(machine) = &self.machine {
             machine.stop.stop(StopReason::Stopped);
@@ -84,17 +92,21 @@ impl Console {
     /// Starts to listen for signals and, if the serial port leads to `stdio`, to the keyboard.
     pub fn new(stdio: bool) -> anyhow::Result<Self> {
         let shared = Arc::new(Mutex::new(Shared::default()));
-        let mut signals =
-            Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot listen for signals")?;
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1])
+            .context("cannot listen for signals")?;
         let heard = Arc::clone(&shared);
         thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
-                if signal == SIGINT {
-                    eprintln!("partita: twice to stop the guest");
-                    lock(&heard).interrupt();
-                } else {
-                    eprintln!("partita: pressing the guest's power button; again to stop it");
-                    lock(&heard).terminate();
+                match signal {
+                    SIGUSR1 => lock(&heard).print_statistics(),
+                    SIGINT => {
+                        eprintln!("partita: twice to stop the guest");
+                        lock(&heard).interrupt();
+                    }
+                    _ => {
+                        eprintln!("partita: pressing the guest's power button; again to stop it");
+                        lock(&heard).terminate();
+                    }
                 }
             }
         })?;
@@ -108,8 +120,13 @@ impl Console {
     }
 
     /// From now on, keys and the wish to end go to `machine`.
-    pub fn attach(&self, machine: &Machine) {
-        let ends = Ends { uart: machine.uart(), pm: machine.pm(), stop: machine.stop_handle() };
+    pub fn attach(&self, machine: &Machine, statistics: &Arc<Statistics>) {
+        let ends = Ends {
+            uart: machine.uart(),
+            pm: machine.pm(),
+            stop: machine.stop_handle(),
+            statistics: Arc::clone(statistics),
+        };
         lock(&self.shared).machine = Some(ends);
     }
 

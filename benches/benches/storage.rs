@@ -25,10 +25,8 @@ fn ring(c: &mut Criterion) {
 
 fn reads(c: &mut Criterion) {
     let cpus = processors();
-    pin(&cpus, Some(1));
     let disk = Arc::new(RamDisk::new(64 << 20).expect("memory"));
-    let mut rig = Rig::new(disk).expect("a worker");
-    pin(&cpus, Some(0));
+    let mut rig = Rig::new(disk, Some(&cpus)).expect("a worker");
     let mut group = c.benchmark_group("RAM disk, worker on another core");
     for block in [512u32, 4096] {
         for depth in [1u16, 4, 16] {

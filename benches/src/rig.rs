@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use backends::block::Disk as Backend;
 use hypervisor::{Gpa, Gpn, GuestMemory};
+use rustix::thread::CpuSet;
 use vmbus_server::testing::{GuestEnd, channel_in};
 use vmbus_server::{Device, DoubleMapped};
 use vsc::storvsc::{Command, Disk, PageList, Pages, Queue, Scratch, words};
 use vsc::{Channel, Counters};
 use vsp::storvsp::ControllerBuilder;
 
-use crate::thread_time;
+use crate::{pin, thread_time};
 
 /// The most requests in flight.
 pub const DEPTH: usize = 64;
@@ -123,13 +124,23 @@ impl Scratch for ScratchPage<'_> {
 }
 
 impl Rig {
-    /// Attaches `backend` and opens a channel. The worker runs where the calling thread may.
-    pub fn new(backend: Arc<dyn Backend>) -> anyhow::Result<Self> {
+    /// Attaches `backend` and opens a channel. Given `cpus`, the worker has the second of them for
+    /// its own and the calling thread, from now on, the first.
+    pub fn new(backend: Arc<dyn Backend>, cpus: Option<&CpuSet>) -> anyhow::Result<Self> {
         let memory = GuestMemory::new(DATA + u64::from(MAX_BLOCK) * DEPTH as u64)?;
         let (root, mut end) = channel_in(&memory, Gpn(0), RING_PAGES, 0);
         let mut builder = ControllerBuilder::new(0);
         builder.attach(Some(0), backend)?;
-        builder.build(1).open(root).context("the controller's worker did not start")?;
+        let mut controller = builder.build(1);
+        // A thread runs where the one that starts it may. The controller is there already: it has
+        // counted the processors.
+        if let Some(cpus) = cpus {
+            pin(cpus, Some(1));
+        }
+        controller.open(root).context("the worker did not start")?;
+        if let Some(cpus) = cpus {
+            pin(cpus, Some(0));
+        }
 
         // The rings go to the client; those of a channel that nobody uses take their place.
         let (_, spare) = channel_in(&memory, Gpn(2 * RING_PAGES), 2, 0);
@@ -281,7 +292,7 @@ mod tests {
 
     #[test]
     fn reads_are_made_and_counted() {
-        let mut rig = Rig::new(Arc::new(RamDisk::new(1 << 20).unwrap())).unwrap();
+        let mut rig = Rig::new(Arc::new(RamDisk::new(1 << 20).unwrap()), None).unwrap();
         for (order, waiting, batches, depth, block) in [
             (Order::Sequential, Waiting::Sleep, false, 1, 512),
             (Order::Random, Waiting::Sleep, false, 32, 4096),

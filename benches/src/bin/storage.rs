@@ -15,6 +15,7 @@ use benches::rig::{Order, Reads, Rig, Waiting};
 use benches::stats::Runs;
 use benches::{fio, pin, processors, ring};
 use clap::{Parser, ValueEnum};
+use rustix::thread::CpuSet;
 use tempfile::NamedTempFile;
 
 /// Measures the storage path without a VM: storvsc and storvsp in one process.
@@ -108,16 +109,9 @@ fn rings(options: &Options) {
     }
 }
 
-/// A rig whose worker and client have a processor each.
-fn rig(disk: Arc<dyn backends::block::Disk>, options: &Options) -> anyhow::Result<Rig> {
-    let cpus = processors();
-    if options.unpinned {
-        return Rig::new(disk);
-    }
-    pin(&cpus, Some(1));
-    let rig = Rig::new(disk);
-    pin(&cpus, Some(0));
-    rig
+/// The processors of which client and worker have one each, if they are to.
+fn own<'a>(cpus: &'a CpuSet, options: &Options) -> Option<&'a CpuSet> {
+    (!options.unpinned).then_some(cpus)
 }
 
 fn ram(options: &Options) -> anyhow::Result<()> {
@@ -130,7 +124,7 @@ fn ram(options: &Options) -> anyhow::Result<()> {
         "block", "batch", "client spins", "client sleeps", "signals/read"
     );
     let cpus = processors();
-    let mut rig = rig(Arc::new(RamDisk::new(64 << 20)?), options)?;
+    let mut rig = Rig::new(Arc::new(RamDisk::new(64 << 20)?), own(&cpus, options))?;
     for block in [512, 4096] {
         for depth in [1, 4, 16] {
             let mut columns = [Runs::default(), Runs::default()];
@@ -216,7 +210,7 @@ fn file(name: &str, folder: &Path, options: &Options) -> anyhow::Result<()> {
         let [mut spins, mut sleeps, mut peer] = [const { Runs::new() }; 3];
         for _ in 0..options.runs {
             for (runs, waiting) in [(&mut spins, Waiting::Spin), (&mut sleeps, Waiting::Sleep)] {
-                let mut rig = rig(Arc::new(open(Direct::Auto)?), options)?;
+                let mut rig = Rig::new(Arc::new(open(Direct::Auto)?), own(&cpus, options))?;
                 let reads = Reads { block, depth, order, waiting, batches: false };
                 rig.read(&reads, time(options) / 10, u64::MAX)?;
                 runs.push(rig.read(&reads, time(options), u64::MAX)?.rate());
