@@ -24,10 +24,18 @@ fn ring(c: &mut Criterion) {
 }
 
 fn reads(c: &mut Criterion) {
+    let disk = || Arc::new(RamDisk::new(64 << 20).expect("memory"));
+    let rig = Rig::inline(disk()).expect("a worker");
+    batches(c, "RAM disk, worker in the same thread", rig);
+
     let cpus = processors();
-    let disk = Arc::new(RamDisk::new(64 << 20).expect("memory"));
-    let mut rig = Rig::new(disk, Some(&cpus)).expect("a worker");
-    let mut group = c.benchmark_group("RAM disk, worker on another core");
+    let rig = Rig::new(disk(), Some(&cpus)).expect("a worker");
+    batches(c, "RAM disk, worker on another core", rig);
+    pin(&cpus, None);
+}
+
+fn batches(c: &mut Criterion, name: &str, mut rig: Rig) {
+    let mut group = c.benchmark_group(name);
     for block in [512u32, 4096] {
         for depth in [1u16, 4, 16] {
             group.throughput(Throughput::Elements(u64::from(depth)));
@@ -42,7 +50,6 @@ fn reads(c: &mut Criterion) {
         }
     }
     group.finish();
-    pin(&cpus, None);
 }
 
 criterion_group! {

@@ -1,5 +1,5 @@
-//! storvsc against storvsp: the controller's worker in a thread of its own, the guest's client in
-//! the caller's.
+//! storvsc against storvsp: the guest's client in the caller's thread, the controller's worker in one
+//! of its own or in the same.
 
 use std::hint::spin_loop;
 use std::mem;
@@ -14,7 +14,7 @@ use vmbus_server::testing::{GuestEnd, channel_in};
 use vmbus_server::{Device, DoubleMapped};
 use vsc::storvsc::{Command, Disk, PageList, Pages, Queue, Scratch, words};
 use vsc::{Channel, Counters};
-use vsp::storvsp::ControllerBuilder;
+use vsp::storvsp::{ControllerBuilder, InlineWorker};
 
 use crate::{pin, thread_time};
 
@@ -45,7 +45,7 @@ pub enum Order {
 pub enum Waiting {
     /// Looks again.
     Spin,
-    /// Sleeps until the worker interrupts.
+    /// Sleeps until the worker interrupts, or in its stead, if they share a thread.
     Sleep,
 }
 
@@ -99,6 +99,8 @@ impl Sample {
 
 /// A controller with one disk, and a guest with one channel to it.
 pub struct Rig {
+    /// The worker, if it has no thread of its own.
+    worker: Option<InlineWorker>,
     queue: Queue<DoubleMapped, Bell, DEPTH>,
     end: GuestEnd,
     disk: Disk,
@@ -127,19 +129,38 @@ impl Rig {
     /// Attaches `backend` and opens a channel. Given `cpus`, the worker has the second of them for
     /// its own and the calling thread, from now on, the first.
     pub fn new(backend: Arc<dyn Backend>, cpus: Option<&CpuSet>) -> anyhow::Result<Self> {
+        Self::with_worker(backend, false, cpus)
+    }
+
+    /// The same with the worker in the calling thread: it takes its turns between the client's, and
+    /// nobody sleeps or signals.
+    pub fn inline(backend: Arc<dyn Backend>) -> anyhow::Result<Self> {
+        Self::with_worker(backend, true, None)
+    }
+
+    fn with_worker(
+        backend: Arc<dyn Backend>,
+        inline: bool,
+        cpus: Option<&CpuSet>,
+    ) -> anyhow::Result<Self> {
         let memory = GuestMemory::new(DATA + u64::from(MAX_BLOCK) * DEPTH as u64)?;
         let (root, mut end) = channel_in(&memory, Gpn(0), RING_PAGES, 0);
         let mut builder = ControllerBuilder::new(0);
         builder.attach(Some(0), backend)?;
         let mut controller = builder.build(1);
-        // A thread runs where the one that starts it may. The controller is there already: it has
-        // counted the processors.
-        if let Some(cpus) = cpus {
-            pin(cpus, Some(1));
-        }
-        controller.open(root).context("the worker did not start")?;
-        if let Some(cpus) = cpus {
-            pin(cpus, Some(0));
+        let mut worker = None;
+        if inline {
+            worker = Some(controller.open_inline(root).context("the worker did not start")?);
+        } else {
+            // A thread runs where the one that starts it may. The controller is there already: it
+            // has counted the processors.
+            if let Some(cpus) = cpus {
+                pin(cpus, Some(1));
+            }
+            controller.open(root).context("the worker did not start")?;
+            if let Some(cpus) = cpus {
+                pin(cpus, Some(0));
+            }
         }
 
         // The rings go to the client; those of a channel that nobody uses take their place.
@@ -149,14 +170,17 @@ impl Rig {
         let doorbell = Arc::clone(&end.doorbell);
         // Fails only when the counter is full, and then the worker is awake.
         let ring: Bell = Box::new(move || drop(doorbell.write(1)));
-        let mut wait = || end.wait_interrupt(PATIENCE);
+        let mut wait = || match &mut worker {
+            Some(worker) => worker.turn(false).is_ok(),
+            None => end.wait_interrupt(PATIENCE),
+        };
         let channel = Channel::new(incoming, outgoing, ring);
         let (mut queue, _) = Queue::connect(channel, 0, &mut wait)?;
         let list = PageList::new(4096, 0, [DATA / 4096]).context("a page")?;
         let mut scratch = ScratchPage { memory: &memory, list };
         let disk = Disk::identify(&mut queue, 0, &mut scratch, &mut wait)?;
         let disk = disk.context("the controller has no disk at LUN 0")?;
-        Ok(Self { queue, end, disk, memory, position: 0x9e37_79b9_7f4a_7c15 })
+        Ok(Self { worker, queue, end, disk, memory, position: 0x9e37_79b9_7f4a_7c15 })
     }
 
     /// What the disk says of itself.
@@ -232,6 +256,9 @@ impl Rig {
             if sent == done {
                 break;
             }
+            if let Some(worker) = &mut self.worker {
+                worker.turn(waiting == Waiting::Sleep)?;
+            }
             let ended = queue.poll(|completion| {
                 if completion.outcome != Ok(block) {
                     failed = Some(completion.outcome);
@@ -242,6 +269,7 @@ impl Rig {
             if ended == 0 {
                 match waiting {
                     Waiting::Spin => spin_loop(),
+                    Waiting::Sleep if self.worker.is_some() => {}
                     Waiting::Sleep => {
                         if queue.rest() {
                             ensure!(end.wait_interrupt(PATIENCE), "the worker does not answer");
@@ -274,6 +302,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        self.worker = None;
         self.end.request_stop();
         self.end.wait_closed(PATIENCE);
     }
@@ -292,7 +321,9 @@ mod tests {
 
     #[test]
     fn reads_are_made_and_counted() {
-        let mut rig = Rig::new(Arc::new(RamDisk::new(1 << 20).unwrap()), None).unwrap();
+        let disk = || Arc::new(RamDisk::new(1 << 20).unwrap());
+        let mut rig = Rig::new(disk(), None).unwrap();
+        let mut inline = Rig::inline(disk()).unwrap();
         for (order, waiting, batches, depth, block) in [
             (Order::Sequential, Waiting::Sleep, false, 1, 512),
             (Order::Random, Waiting::Sleep, false, 32, 4096),
@@ -302,6 +333,9 @@ mod tests {
             let reads = Reads { block, depth, order, waiting, batches };
             let sample = rig.read(&reads, Duration::from_secs(20), 100).unwrap();
             assert_eq!(sample.reads, 100);
+            let reads = Reads { waiting: Waiting::Spin, ..reads };
+            let sample = inline.read(&reads, Duration::from_secs(20), 100).unwrap();
+            assert_eq!((sample.reads, sample.signals, sample.interrupts), (100, 0, 0));
             assert!(sample.rate() > 0.0);
         }
         let reads = Reads {

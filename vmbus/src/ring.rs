@@ -35,6 +35,8 @@
 //! # }
 //! ```
 
+use core::array;
+
 use thiserror::Error;
 
 use crate::{
@@ -75,6 +77,9 @@ const _: () = {
 
 /// In [`Control::feature_bits`]: `pending_send_size` counts.
 pub const FEATURE_PENDING_SEND_SIZE: u32 = 1;
+
+/// The most headers and payload, as a packet's length is counted in 16 bits.
+const MAX_BODY: usize = u16::MAX as usize * 8 - DESCRIPTOR_SIZE;
 
 /// The largest data area, so that sums of two indices fit.
 const MAX_SIZE: usize = 1 << 30;
@@ -230,13 +235,11 @@ impl<M: RingMemory> Incoming<M> {
         if available == 0 {
             return Ok(None);
         }
-        let words = {
-            let (a, b) = span(self.memory.data(), self.cursor, DESCRIPTOR_SIZE as u32);
-            let mut words = [0u64; 2];
-            for (to, from) in words.iter_mut().zip(a.iter().chain(b)) {
-                *to = from.load(Ordering::Relaxed);
-            }
-            words
+        let data = self.memory.data();
+        let here = data.get((self.cursor / 8) as usize..).unwrap_or_default();
+        let (words, here) = match here {
+            [a, b, rest @ ..] => ([a, b].map(|word| word.load(Ordering::Relaxed)), rest),
+            _ => (self.descriptor_across_the_end(), [].as_slice()),
         };
         let descriptor: Descriptor = zerocopy::transmute!(words);
         let Descriptor { offset8, len8, .. } = descriptor;
@@ -251,15 +254,29 @@ impl<M: RingMemory> Incoming<M> {
         let buffer =
             buffer.get_mut(..body as usize).ok_or(PacketError::TooLong { len: body as usize })?;
 
-        let start = advance(self.cursor, DESCRIPTOR_SIZE as u32, self.size);
-        let (a, b) = span(self.memory.data(), start, body);
-        let (front, back) = buffer.split_at_mut_checked(a.len() * 8).unwrap_or_default();
-        copy_out(front, a);
-        copy_out(back, b);
+        let (words, _) = buffer.as_chunks_mut::<8>();
+        match here.get(..words.len()) {
+            Some(from) => load(words, from),
+            None => {
+                let start = advance(self.cursor, DESCRIPTOR_SIZE as u32, self.size);
+                let (a, b) = span(self.memory.data(), start, body);
+                let (front, back) = words.split_at_mut(a.len().min(words.len()));
+                load(front, a);
+                load(back, b);
+            }
+        }
 
         let packet = Packet::new(descriptor, buffer)?;
         self.cursor = advance(self.cursor, total, self.size);
         Ok(Some(packet))
+    }
+
+    /// The two words of a descriptor between which the data area ends and begins anew.
+    #[cold]
+    fn descriptor_across_the_end(&self) -> [u64; DESCRIPTOR_SIZE / 8] {
+        let (a, b) = span(self.memory.data(), self.cursor, DESCRIPTOR_SIZE as u32);
+        let mut words = a.iter().chain(b).map(|word| word.load(Ordering::Relaxed));
+        array::from_fn(|_| words.next().unwrap_or_default())
     }
 
     /// Gives the room of all packets read so far back to the producer. Returns whether it must be
@@ -312,9 +329,33 @@ impl<M: RingMemory> Incoming<M> {
     }
 }
 
-fn copy_out(to: &mut [u8], from: &[AtomicU64]) {
-    for (to, from) in to.chunks_exact_mut(8).zip(from) {
-        to.copy_from_slice(&from.load(Ordering::Relaxed).to_le_bytes());
+/// Words that are copied without a look at how many are left: what a storage packet has.
+const STRIDE: usize = 8;
+
+#[inline]
+fn load(to: &mut [[u8; 8]], from: &[AtomicU64]) {
+    let (to_strides, to) = to.as_chunks_mut::<STRIDE>();
+    let (strides, from) = from.as_chunks::<STRIDE>();
+    for (to, from) in to_strides.iter_mut().zip(strides) {
+        let words: [u64; STRIDE] = array::from_fn(|i| from[i].load(Ordering::Relaxed));
+        *to = words.map(u64::to_le_bytes);
+    }
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = from.load(Ordering::Relaxed).to_le_bytes();
+    }
+}
+
+#[inline]
+fn store(to: &[AtomicU64], from: &[[u8; 8]]) {
+    let (to_strides, to) = to.as_chunks::<STRIDE>();
+    let (strides, from) = from.as_chunks::<STRIDE>();
+    for (to, from) in to_strides.iter().zip(strides) {
+        for (to, from) in to.iter().zip(from) {
+            to.store(u64::from_le_bytes(*from), Ordering::Relaxed);
+        }
+    }
+    for (to, from) in to.iter().zip(from) {
+        to.store(u64::from_le_bytes(*from), Ordering::Relaxed);
     }
 }
 
@@ -380,30 +421,31 @@ impl<M: RingMemory> Outgoing<M> {
         payload: &[&[u8]],
     ) -> Result<(), PushError> {
         let payload_len = payload.iter().fold(0usize, |sum, part| sum.saturating_add(part.len()));
-        let body = headers.len().saturating_add(payload_len).min(MAX_SIZE);
-        let total = ring_size(body);
-        let words = |bytes: usize| u16::try_from(bytes.div_ceil(8)).map_err(|_| PushError::Packet);
-        let offset8 = words(DESCRIPTOR_SIZE + headers.len())?;
-        let len8 = words(DESCRIPTOR_SIZE + body)?;
-        let total = u32::try_from(total).map_err(|_| PushError::Packet)?;
-        if !headers.len().is_multiple_of(8) || total > self.size - 8 {
+        let body = headers.len().saturating_add(payload_len);
+        if body > MAX_BODY || !headers.len().is_multiple_of(8) {
+            return Err(PushError::Packet);
+        }
+        // Below 2^19, and so are all sums of them.
+        let total = ring_size(body) as u32;
+        if total > self.size - 8 {
             return Err(PushError::Packet);
         }
         if total > self.room() && total > self.free()? {
             return Err(PushError::Full);
         }
 
-        let descriptor = Descriptor { kind, offset8, len8, flags, transaction_id };
+        let descriptor = Descriptor {
+            kind,
+            offset8: ((DESCRIPTOR_SIZE + headers.len()) / 8) as u16,
+            len8: ((DESCRIPTOR_SIZE + body).div_ceil(8)) as u16,
+            flags,
+            transaction_id,
+        };
+        let trailer = u64::from(self.cursor) << 32;
         let (a, b) = span(self.memory.data(), self.cursor, total);
-        let mut writer = WordWriter { words: a, after: b, partial: [0; 8], filled: 0 };
-        let descriptor: [[u8; 8]; 2] = zerocopy::transmute!(descriptor);
-        writer.put(&descriptor);
-        writer.write(headers);
-        for part in payload {
-            writer.write(part);
+        if !(b.is_empty() && write_straight(a, descriptor, headers, payload, trailer)) {
+            write_in_pieces(a, b, descriptor, headers, payload, trailer);
         }
-        writer.pad();
-        writer.put(&[(u64::from(self.cursor) << 32).to_le_bytes()]);
         self.cursor = advance(self.cursor, total, self.size);
         Ok(())
     }
@@ -443,6 +485,63 @@ impl<M: RingMemory> Outgoing<M> {
         fence(Ordering::SeqCst);
         Ok(bytes <= self.free()?)
     }
+}
+
+/// Writes a packet to `words`, which are exactly as many as it takes. Returns whether it did: not,
+/// if a part that is not the last ends within a word.
+#[inline]
+fn write_straight(
+    words: &[AtomicU64],
+    descriptor: Descriptor,
+    headers: &[u8],
+    payload: &[&[u8]],
+    trailer: u64,
+) -> bool {
+    let [first, second, body @ .., last] = words else { return false };
+    let descriptor: [u64; 2] = zerocopy::transmute!(descriptor);
+    first.store(descriptor[0], Ordering::Relaxed);
+    second.store(descriptor[1], Ordering::Relaxed);
+    last.store(trailer, Ordering::Relaxed);
+    let (headers, _) = headers.as_chunks();
+    let Some((to, mut body)) = body.split_at_checked(headers.len()) else { return false };
+    store(to, headers);
+    for part in payload {
+        let (whole, rest) = part.as_chunks();
+        let Some((to, after)) = body.split_at_checked(whole.len()) else { return false };
+        store(to, whole);
+        body = after;
+        if !rest.is_empty() {
+            let [word] = body else { return false };
+            let mut padded = [0; 8];
+            for (to, from) in padded.iter_mut().zip(rest) {
+                *to = *from;
+            }
+            word.store(u64::from_le_bytes(padded), Ordering::Relaxed);
+            body = &[];
+        }
+    }
+    true
+}
+
+/// Writes a packet to `words` and, when these are full, to those `after` them.
+#[cold]
+fn write_in_pieces(
+    words: &[AtomicU64],
+    after: &[AtomicU64],
+    descriptor: Descriptor,
+    headers: &[u8],
+    payload: &[&[u8]],
+    trailer: u64,
+) {
+    let mut writer = WordWriter { words, after, partial: [0; 8], filled: 0 };
+    let descriptor: [[u8; 8]; 2] = zerocopy::transmute!(descriptor);
+    writer.put(&descriptor);
+    writer.write(headers);
+    for part in payload {
+        writer.write(part);
+    }
+    writer.pad();
+    writer.put(&[trailer.to_le_bytes()]);
 }
 
 /// Gathers bytes into words of the ring.

@@ -116,36 +116,39 @@ fn own<'a>(cpus: &'a CpuSet, options: &Options) -> Option<&'a CpuSet> {
 
 fn ram(options: &Options) -> anyhow::Result<()> {
     println!(
-        "\nRAM disk, nanoseconds a read: median (range) of {} runs; worker on a core of its own",
+        "\nRAM disk, nanoseconds a read: median (range) of {} runs\n\
+         one thread: client and worker take turns; the thread's own time\n\
+         client spins, client sleeps: worker on a core of its own; wall time",
         options.runs
     );
     println!(
-        "{:<8} {:<8} {:>26} {:>26} {:>12}",
-        "block", "batch", "client spins", "client sleeps", "signals/read"
+        "{:<8} {:<8} {:>24} {:>24} {:>24} {:>12}",
+        "block", "batch", "one thread", "client spins", "client sleeps", "signals/read"
     );
     let cpus = processors();
+    let mut inline = Rig::inline(Arc::new(RamDisk::new(64 << 20)?))?;
     let mut rig = Rig::new(Arc::new(RamDisk::new(64 << 20)?), own(&cpus, options))?;
     for block in [512, 4096] {
         for depth in [1, 4, 16] {
-            let mut columns = [Runs::default(), Runs::default()];
-            let mut signals = Runs::default();
+            let [mut alone, mut spins, mut sleeps, mut signals] = [const { Runs::new() }; 4];
             for _ in 0..options.runs {
-                for (column, waiting) in columns.iter_mut().zip([Waiting::Spin, Waiting::Sleep]) {
-                    let order = Order::Random;
-                    let reads = Reads { block, depth, order, waiting, batches: true };
-                    let sample = rig.read(&reads, time(options), u64::MAX)?;
-                    column.push(sample.nanoseconds());
-                    if waiting == Waiting::Spin {
-                        signals.push(sample.signals as f64 / sample.reads as f64);
-                    }
-                }
+                let order = Order::Random;
+                let reads = |waiting| Reads { block, depth, order, waiting, batches: true };
+                let sample = inline.read(&reads(Waiting::Spin), time(options), u64::MAX)?;
+                alone.push(sample.cpu_nanoseconds());
+                let sample = rig.read(&reads(Waiting::Spin), time(options), u64::MAX)?;
+                spins.push(sample.nanoseconds());
+                signals.push(sample.signals as f64 / sample.reads as f64);
+                let sample = rig.read(&reads(Waiting::Sleep), time(options), u64::MAX)?;
+                sleeps.push(sample.nanoseconds());
             }
             println!(
-                "{:<8} {:<8} {:>26} {:>26} {:>12.3}",
+                "{:<8} {:<8} {:>24} {:>24} {:>24} {:>12.3}",
                 format!("{block} B"),
                 depth,
-                spread(&columns[0], 1.0, 0),
-                spread(&columns[1], 1.0, 0),
+                spread(&alone, 1.0, 0),
+                spread(&spins, 1.0, 0),
+                spread(&sleeps, 1.0, 0),
                 signals.median(),
             );
         }
@@ -196,8 +199,8 @@ fn file(name: &str, folder: &Path, options: &Options) -> anyhow::Result<()> {
         None => println!("fio is not installed: no comparison"),
     }
     println!(
-        "{:<22} {:>30} {:>30} {:>30} {:>7} {:>7}",
-        "", "client spins", "client sleeps", "fio", "spins", "sleeps"
+        "{:<20} {:>25} {:>25} {:>25} {:>25} {:>19}",
+        "", "one thread", "client spins", "client sleeps", "fio", "of fio's"
     );
     let cpus = processors();
     for (label, block, depth, order) in [
@@ -207,18 +210,26 @@ fn file(name: &str, folder: &Path, options: &Options) -> anyhow::Result<()> {
         ("128k sequential QD8", 128 << 10, 8, Order::Sequential),
         ("128k sequential QD32", 128 << 10, 32, Order::Sequential),
     ] {
-        let [mut spins, mut sleeps, mut peer] = [const { Runs::new() }; 3];
+        let reads = |waiting| Reads { block, depth, order, waiting, batches: false };
+        let [mut alone, mut spins, mut sleeps, mut peer] = [const { Runs::new() }; 4];
         for _ in 0..options.runs {
-            for (runs, waiting) in [(&mut spins, Waiting::Spin), (&mut sleeps, Waiting::Sleep)] {
-                let mut rig = Rig::new(Arc::new(open(Direct::Auto)?), own(&cpus, options))?;
-                let reads = Reads { block, depth, order, waiting, batches: false };
-                rig.read(&reads, time(options) / 10, u64::MAX)?;
-                runs.push(rig.read(&reads, time(options), u64::MAX)?.rate());
+            for (runs, inline, waiting) in [
+                (&mut alone, true, Waiting::Sleep),
+                (&mut spins, false, Waiting::Spin),
+                (&mut sleeps, false, Waiting::Sleep),
+            ] {
+                let disk = Arc::new(open(Direct::Auto)?);
+                let mut rig = match inline {
+                    true => Rig::inline(disk)?,
+                    false => Rig::new(disk, own(&cpus, options))?,
+                };
+                rig.read(&reads(waiting), time(options) / 10, u64::MAX)?;
+                runs.push(rig.read(&reads(waiting), time(options), u64::MAX)?.rate());
+                drop(rig);
+                pin(&cpus, None);
             }
-            pin(&cpus, None);
             if fio.is_some() {
-                let waiting = Waiting::Sleep;
-                let reads = Reads { block, depth, order, waiting, batches: false };
+                let reads = reads(Waiting::Sleep);
                 peer.push(fio::read(image.path(), &reads, time(options), direct)?);
             }
         }
@@ -227,12 +238,12 @@ fn file(name: &str, folder: &Path, options: &Options) -> anyhow::Result<()> {
             _ => "-".into(),
         };
         println!(
-            "{label:<22} {:>30} {:>30} {:>30} {:>7} {:>7}",
+            "{label:<20} {:>25} {:>25} {:>25} {:>25} {:>19}",
+            spread(&alone, 1.0, 0),
             spread(&spins, 1.0, 0),
             spread(&sleeps, 1.0, 0),
             spread(&peer, 1.0, 0),
-            ratio(&spins),
-            ratio(&sleeps),
+            [&alone, &spins, &sleeps].map(ratio).join(" "),
         );
     }
     Ok(())

@@ -149,6 +149,30 @@ fn instance(number: u8) -> Guid {
     Guid::from_wire(wire)
 }
 
+/// The worker of a channel in the thread that made it, and at whose pleasure it works: for benches,
+/// and for a program with a thread to spin. Dropping it closes the channel.
+pub struct InlineWorker(Worker);
+
+impl Controller {
+    /// Serves `channel` in the calling thread, whenever [`InlineWorker::turn`] is called there. The
+    /// guest's signals are neither wanted nor heard.
+    pub fn open_inline(&self, channel: Channel) -> io::Result<InlineWorker> {
+        let mut worker = Worker::new(channel, &self.luns, self.grants, false)?;
+        worker.stay_awake();
+        Ok(InlineWorker(worker))
+    }
+}
+
+impl InlineWorker {
+    /// Takes what packets there are and answers what has ended. If it `may_sleep` and there is
+    /// nothing to answer, it sleeps until a disk is done, should one be busy. Returns whether there
+    /// was anything to do; an error means that the guest has broken its ring, or that the host's
+    /// io_uring failed, and that the worker is to be dropped.
+    pub fn turn(&mut self, may_sleep: bool) -> io::Result<bool> {
+        self.0.turn(may_sleep).map_err(io::Error::other)
+    }
+}
+
 impl Device for Controller {
     fn offer(&self) -> OfferParams {
         OfferParams::new(vstor::SCSI_CLASS, instance(self.number))

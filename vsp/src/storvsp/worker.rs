@@ -95,12 +95,32 @@ impl Worker {
         })
     }
 
+    /// Asks the guest not to signal.
+    pub(super) fn stay_awake(&mut self) {
+        self.channel.mask();
+    }
+
+    /// One turn for a caller who lends its thread: takes what packets there are, waits for no company,
+    /// answers what has ended. If it `may_sleep` and has nothing to answer, it sleeps until a disk is
+    /// done, should one be busy. Returns whether there was anything to do.
+    pub(super) fn turn(&mut self, may_sleep: bool) -> Result<bool, Fault> {
+        let gathered = self.gather(false)?;
+        self.engine.settle(&mut self.uring);
+        let under_way = self.engine.in_flight();
+        if may_sleep && under_way > 0 && self.engine.owed() == under_way {
+            self.uring.submit_and_wait(1)?;
+        } else {
+            self.uring.submit()?;
+        }
+        Ok(self.answer()? + gathered > 0)
+    }
+
     /// Serves the channel until it is to be closed and everything under way has ended.
     pub(super) fn run(&mut self) -> Result<(), Fault> {
-        self.channel.mask();
+        self.stay_awake();
         loop {
             let stopping = self.channel.stop_requested();
-            let gathered = if stopping { 0 } else { self.gather()? };
+            let gathered = if stopping { 0 } else { self.gather(true)? };
             self.uring.submit()?;
             let answered = self.answer()?;
             if stopping && self.engine.in_flight() == 0 {
@@ -112,12 +132,13 @@ impl Worker {
         }
     }
 
-    /// Takes packets from the ring, waiting for company where that pays. Returns how many.
+    /// Takes packets from the ring, if it `may_wait` for company then where that pays. Returns how
+    /// many.
     ///
     /// Large requests go on at once and few at a time: the kernel may well move their data within
     /// the system call that hands them over, and the guest should have the first while it does so
     /// for the next.
-    fn gather(&mut self) -> Result<u32, Fault> {
+    fn gather(&mut self, may_wait: bool) -> Result<u32, Fault> {
         let mut gathered = 0;
         let mut volume = 0;
         self.engine.take_volume();
@@ -136,12 +157,12 @@ impl Worker {
                 taken += 1;
                 volume += self.engine.take_volume();
             }
-            if taken > 0 {
+            gathered += taken;
+            if taken > 0 && may_wait {
                 self.pacer.arrived(self.started.elapsed(), taken);
-                gathered += taken;
             }
             self.can_take = room > 0;
-            if room == 0 || volume >= BATCH_VOLUME {
+            if room == 0 || volume >= BATCH_VOLUME || !may_wait {
                 break;
             }
             let Some(until) = self.pacer.hold_until(gathered) else { break };
@@ -149,7 +170,7 @@ impl Worker {
                 break;
             }
         }
-        if gathered > 0 {
+        if gathered > 0 && may_wait {
             self.pacer.handed_on(gathered);
         }
         Ok(gathered)
