@@ -15,7 +15,7 @@ pub enum OptionError {
     #[error("'{0}' is not a size; write a number with K, M or G, such as 512M")]
     Size(String),
     /// A part without an equals sign.
-    #[error("'{0}' has no value; write {0}=VALUE")]
+    #[error("'{0}' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…")]
     NoValue(String),
     /// A key nobody knows.
     #[error("unknown key '{key}'; known are {known}")]
@@ -264,7 +264,10 @@ mod tests {
     #[test]
     fn refusals_say_what_would_be_right() {
         let message = |s: &str| s.parse::<DiskOption>().unwrap_err().to_string();
-        assert_eq!(message("a.img"), "'a.img' has no value; write a.img=VALUE");
+        assert_eq!(
+            message("a.img"),
+            "'a.img' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…"
+        );
         assert_eq!(message("readonly=on"), "'path' is missing; write path=VALUE");
         assert_eq!(message("path=a,path=b"), "'path' is given twice");
         assert_eq!(
@@ -276,7 +279,7 @@ mod tests {
             message("path=a,colour=red"),
             "unknown key 'colour'; known are path, attach, controller, lun, readonly, direct, id"
         );
-        assert_eq!(message(""), "'' has no value; write =VALUE");
+        assert_eq!(message(""), "'' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…");
     }
 
     #[test]

@@ -1,0 +1,113 @@
+//! Bad input gets one line that says what, where and what would be right, ends the program with 1,
+//! and creates or changes nothing.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use backends::file::{FileDisk, OpenOptions};
+use tempfile::TempDir;
+
+fn partita(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_partita")).args(arguments).output().unwrap()
+}
+
+/// The one line on standard error.
+fn refusal(arguments: &[&str]) -> String {
+    let output = partita(arguments);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(output.stdout.is_empty());
+    let line = text.trim_end();
+    line.strip_prefix("partita: ").unwrap_or_else(|| panic!("{line}")).to_owned()
+}
+
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> Self {
+        let files = Self(tempfile::tempdir().unwrap());
+        fs::write(files.at("good.img"), vec![0; 1 << 20]).unwrap();
+        fs::write(files.at("empty.img"), []).unwrap();
+        fs::write(files.at("odd.img"), [0; 1000]).unwrap();
+        fs::write(files.at("text"), "this is no kernel\n".repeat(1000)).unwrap();
+        files
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// Runs with this disk and a kernel that is none, which is not looked at before the disk.
+    fn refused_disk(&self, disk: &str) -> String {
+        refusal(&["run", "--kernel", &self.at("text"), "--disk", disk])
+    }
+}
+
+#[test]
+fn disks() {
+    let files = Files::new();
+    let line = |name: &str| files.refused_disk(&format!("path={}", files.at(name)));
+    assert!(line("none.img").ends_with("none.img does not exist"), "{}", line("none.img"));
+    assert!(line("empty.img").contains("is empty; give it a size"), "{}", line("empty.img"));
+    assert!(line("odd.img").ends_with("1000 bytes long, which is not a multiple of 512"));
+    assert!(line(".").contains("is a directory"), "{}", line("."));
+    let twice = format!("path={0},lun=3", files.at("good.img"));
+    let other = format!("path={},lun=3,readonly=on", files.at("text"));
+    let line = refusal(&["run", "--kernel", "k", "--disk", &twice, "--disk", &other]);
+    assert!(line.contains("text") && line.contains("multiple of 512"), "{line}");
+}
+
+#[test]
+fn two_disks_in_one_place() {
+    let files = Files::new();
+    fs::write(files.at("second.img"), vec![0; 4096]).unwrap();
+    let one = format!("path={},lun=3", files.at("good.img"));
+    let two = format!("path={},lun=3", files.at("second.img"));
+    let line = refusal(&["run", "--kernel", "k", "--disk", &one, "--disk", &two]);
+    assert_eq!(line, "--disk on controller 0: LUN 3 is taken");
+}
+
+#[test]
+fn a_locked_disk() {
+    let files = Files::new();
+    let path = files.at("good.img");
+    let holder = FileDisk::open(Path::new(&path), &OpenOptions::default()).unwrap();
+    let line = files.refused_disk(&format!("path={path}"));
+    assert!(line.ends_with("is in use by another process"), "{line}");
+    drop(holder);
+}
+
+#[test]
+fn a_kernel_that_is_none() {
+    let files = Files::new();
+    let serial = files.at("console.log");
+    let to_file = format!("file:{serial}");
+    let line = refusal(&["run", "--kernel", &files.at("text"), "--serial", &to_file]);
+    assert!(line.contains("a 64-bit Linux bzImage or ELF vmlinux is needed"), "{line}");
+    let line = refusal(&["run", "--kernel", &files.at("nowhere"), "--serial", &to_file]);
+    assert!(line.contains("cannot read") && line.contains("nowhere"), "{line}");
+    assert!(!Path::new(&serial).exists(), "nothing is created");
+}
+
+#[test]
+fn options() {
+    assert!(refusal(&["run", "--kernel", "k", "--memory", "1M"]).contains("too little"));
+    assert!(refusal(&["run", "--kernel", "k", "--memory", "lots"]).contains("not a size"));
+    assert!(refusal(&["run", "--kernel", "k", "--frobnicate"]).contains("--frobnicate"));
+    assert!(refusal(&["run", "--kernel", "k", "--disk", "a.img"]).contains("path"));
+    assert!(refusal(&["run"]).contains("--kernel"));
+    assert!(refusal(&["fly"]).contains("fly"));
+    assert!(refusal(&["run", "--kernel", "k", "--serial", "tty"]).contains("stdio, null or file:"));
+}
+
+#[test]
+fn help_has_examples() {
+    for arguments in [&["--help"][..], &["run", "--help"], &["doctor", "--help"]] {
+        let output = partita(arguments);
+        assert!(output.status.success());
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("Example"), "{text}");
+    }
+}
