@@ -1,7 +1,7 @@
-//! The lab's tests: shell scripts of `tests/lab` that run in L1, several in one.
+//! The lab's tests: shell scripts of `tests/lab` that run in L1, each in one of its own.
 //!
 //! A test is `NAME.sh`; `NAME.guest.sh` beside it is what its guests run. It passes if it exits
-//! with 0. Should L1 go down under one of them, that one has failed and the rest get a new L1.
+//! with 0.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,6 +18,9 @@ const RUNNER: &str = include_str!("run-lab-tests.sh");
 
 /// The most that one test may take, in seconds.
 const LIMIT: u64 = 300;
+
+/// How much longer L1 may take to start and to end such a test.
+const GRACE: u64 = 60;
 
 /// How many lines of a failed test are shown.
 const TAIL: usize = 40;
@@ -41,39 +44,40 @@ pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
     }
 
     let files = vec![LabFile { source: folder, destination: "/lab/tests".to_owned() }];
-    while !tests.is_empty() {
-        let arguments = ["sh", "-c", RUNNER, "run-lab-tests"].into_iter();
+    let mut stood_still = false;
+    let mut left = tests.as_slice();
+    while let [test, rest @ ..] = left {
         let limit = LIMIT.to_string();
-        let arguments = arguments.chain([limit.as_str()]).chain(tests.iter().map(String::as_str));
+        let arguments = ["sh", "-c", RUNNER, "run-lab-tests", &limit, test];
         let options = LabOptions {
             files: files.clone(),
-            timeout: Duration::from_secs(LIMIT * tests.len() as u64 + 60),
-            command: arguments.map(str::to_owned).collect(),
+            timeout: Duration::from_secs(LIMIT + GRACE),
+            command: arguments.map(str::to_owned).to_vec(),
             ..LabOptions::default()
         };
         let mut report = Report::new(tally);
         let outcome = lab::run_with(&options, &mut |text| report.take(text));
         let Report { ended, under_way, .. } = report;
-        tests.retain(|test| !ended.contains(test));
         match outcome {
-            Ok(_) if tests.is_empty() => break,
-            Ok(_) => {
-                tally.fail(format_args!("the lab did not run {}", tests.join(", ")));
-                break;
-            }
+            Ok(_) if ended.contains(test) => {}
+            Ok(_) => tally.fail(format_args!("the lab did not run {test}")),
             Err(error) => {
-                // With a test under way there is one fewer next time; without, it would be the same again.
-                let Some(test) = under_way else {
-                    println!("{error:#}");
-                    tally.fail(format_args!("the lab: {}", first_line(&error)));
-                    break;
-                };
-                test.show_end();
-                println!("FAILED {}: {error:#}", test.name);
-                tally.fail(format_args!("lab test {}: {}", test.name, first_line(&error)));
-                tests.retain(|other| *other != test.name);
+                if let Some(test) = under_way {
+                    test.show_end();
+                }
+                // L1 ends a test that takes too long by itself. If even that did not happen, the
+                // emulated processor has lost an interrupt and stands still, which is no fault of
+                // the guest's: once in a run that is told and forgiven.
+                if !stood_still {
+                    stood_still = true;
+                    println!("{test}: L1 gave no answer, once more: {error:#}");
+                    continue;
+                }
+                println!("FAILED {test}: {error:#}");
+                tally.fail(format_args!("lab test {test}: {}", first_line(&error)));
             }
         }
+        left = rest;
     }
     Ok(())
 }
