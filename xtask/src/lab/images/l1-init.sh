@@ -38,19 +38,6 @@ exec 4>/run/status
 read -r uptime _ </proc/uptime
 echo "up $uptime" >&4
 
-# An emulated processor that runs a guest sometimes misses a timer interrupt; with one-shot timers
-# it then never comes back to the kernel. Any other interrupt wakes it, so each processor sends the
-# next one something to do now and then.
-cpus=$(nproc)
-cpu=0
-while [ "$cpu" -lt "$cpus" ]; do
-    {
-        while sleep 3; do taskset -c $(((cpu + 1) % cpus)) true; done
-    } &
-    taskset -pc $cpu $! >/dev/null
-    cpu=$((cpu + 1))
-done
-
 # A script for every guest that boots /lab/initrd as it is.
 if [ -e /lab/script ]; then
     script-layer /lab/script >>/lab/initrd
