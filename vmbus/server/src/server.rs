@@ -75,6 +75,8 @@ struct Channel {
     offered: bool,
     /// The offer is withdrawn.
     rescinded: bool,
+    /// The guest is to hear that once the worker has stopped: it may reuse the ring then.
+    untold: bool,
     /// The guest has let go of the withdrawn offer.
     released: bool,
 }
@@ -148,7 +150,8 @@ impl Server {
         }
     }
 
-    /// Withdraws an offer, closing its channel and those of its sub-channels.
+    /// Withdraws an offer, closing its channel and those of its sub-channels. The guest hears of it when no worker
+    /// touches its memory any more.
     pub fn rescind(&mut self, relid: Relid) {
         self.rescind_subchannels(relid);
         let Some(channel) = self.channels.get_mut(&relid) else { return };
@@ -157,12 +160,9 @@ impl Server {
         }
         channel.rescinded = true;
         channel.released = !channel.offered;
-        let offered = channel.offered;
+        channel.untold = channel.offered;
         self.close(relid);
-        if offered {
-            self.post(&ChannelMessage { header: Header::new(MessageKind::RescindOffer), relid });
-        }
-        self.remove_if_done(relid);
+        self.withdraw_if_done(relid);
     }
 
     /// Closes everything and forgets the guest, as when the partition is reset.
@@ -215,7 +215,7 @@ impl Server {
         for gpadl in self.gpadls.torn_down(relid) {
             self.give_back(relid, gpadl);
         }
-        self.remove_if_done(relid);
+        self.withdraw_if_done(relid);
         self.finish_reset();
     }
 
@@ -277,7 +277,7 @@ impl Server {
                     Some(channel) if channel.rescinded => channel.released = true,
                     _ => return Err(MessageError::Channel { kind: kind.0, relid }),
                 }
-                self.remove_if_done(relid);
+                self.withdraw_if_done(relid);
             }
             MessageKind::ModifyChannel => {
                 return self.modify_channel(version, &read(payload, kind.0)?);
@@ -547,6 +547,7 @@ impl Server {
                 state: State::Closed,
                 offered: false,
                 rescinded: false,
+                untold: false,
                 released: false,
             },
         );
@@ -583,14 +584,18 @@ impl Server {
         self.post(&offer);
     }
 
-    /// Forgets a withdrawn channel that neither a worker nor the guest holds on to.
-    fn remove_if_done(&mut self, relid: Relid) {
-        let Some(channel) = self.channels.get(&relid) else { return };
+    /// Tells the guest of a withdrawn channel that no worker holds on to, and forgets it once the guest has let go.
+    fn withdraw_if_done(&mut self, relid: Relid) {
+        let Some(channel) = self.channels.get_mut(&relid) else { return };
         if !channel.rescinded || channel.state != State::Closed {
             return;
         }
         let released = channel.released;
+        let untold = std::mem::take(&mut channel.untold);
         self.drop_gpadls(relid);
+        if untold {
+            self.post(&ChannelMessage { header: Header::new(MessageKind::RescindOffer), relid });
+        }
         if released {
             self.channels.remove(&relid);
         }
