@@ -5,10 +5,10 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::path::Path;
 
 use backends::uring::Uring;
 use hypervisor::kvm::{self, HyperV};
+use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,22 +143,19 @@ fn tap() -> Finding {
 }
 
 fn landlock() -> Finding {
-    let path = Path::new("/sys/kernel/security/lsm");
-    match std::fs::read_to_string(path) {
-        Ok(list) if list.split(',').any(|name| name.trim() == "landlock") => {
-            Finding::good("Landlock", "active")
-        }
-        Ok(_) => Finding::lacking(
-            Grade::Fair,
-            "Landlock",
-            "not among the active security modules",
-            "add landlock to the kernel's lsm= list",
-        ),
+    let subject = "Landlock";
+    // A ruleset is only made, never applied.
+    let ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(ABI::V1))
+        .and_then(|ruleset| ruleset.create());
+    match ruleset {
+        Ok(_) => Finding::good(subject, "processes can be confined with it"),
         Err(_) => Finding::lacking(
             Grade::Fair,
-            "Landlock",
-            "the list of security modules cannot be read",
-            "mount securityfs on /sys/kernel/security",
+            subject,
+            "the kernel has it not, or not switched on",
+            "use Linux 5.13 or newer, with landlock in the kernel's lsm= list",
         ),
     }
 }

@@ -35,3 +35,13 @@ fn vstor_packets() {
 fn scsi_cdbs() {
     replay("scsi_cdbs", vsp::fuzzing::fuzz_cdb);
 }
+
+#[test]
+fn client_messages() {
+    replay("client_messages", vmbus::client::fuzz_client);
+}
+
+#[test]
+fn storvsc_completions() {
+    replay("storvsc_completions", vsc::fuzzing::fuzz_storvsc);
+}
