@@ -148,7 +148,7 @@ fn landlock() -> Finding {
     let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::from_all(ABI::V1))
-        .and_then(|ruleset| ruleset.create());
+        .and_then(Ruleset::create);
     match ruleset {
         Ok(_) => Finding::good(subject, "processes can be confined with it"),
         Err(_) => Finding::lacking(
