@@ -3,6 +3,8 @@
 //! Linux makes two, *post message* and *signal event*. Signals on connections that the root has
 //! bound are caught on the way and never come here.
 
+pub(crate) mod page;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::partition::ExitKind;
@@ -13,7 +15,8 @@ use crate::{Gpa, GuestMemory, PAGE_SIZE};
 pub(crate) struct Hypercall {
     /// RCX: code in bits 0 to 15, fast in bit 16 (TLFS, "Hypercall inputs").
     pub(crate) control: u64,
-    /// The address of the input; for *signal event* the connection, whichever form the guest used.
+    /// The address of the input, or the input itself of a fast one. For *signal event* KVM's own
+    /// interface gives the connection, whichever form the guest used.
     pub(crate) input: u64,
 }
 
@@ -34,6 +37,28 @@ impl Hypercall {
     const POST_MESSAGE: u64 = 0x5c;
     const SIGNAL_EVENT: u64 = 0x5d;
     const FAST: u64 = 1 << 16;
+
+    /// The connection and the flag number of a *signal event*, whose input is read from `memory`
+    /// unless it is fast; `None` for other hypercalls.
+    pub(crate) fn signaled(
+        &self,
+        memory: &GuestMemory,
+    ) -> Option<Result<(ConnectionId, u16), HvStatus>> {
+        if self.control & 0xffff != Self::SIGNAL_EVENT {
+            return None;
+        }
+        let input = if self.control & Self::FAST != 0 {
+            self.input
+        } else if !self.input.is_multiple_of(8) {
+            return Some(Err(HvStatus::INVALID_ALIGNMENT));
+        } else {
+            match memory.read_obj::<u64>(Gpa(self.input)) {
+                Ok(input) => input,
+                Err(_) => return Some(Err(HvStatus::INVALID_ALIGNMENT)),
+            }
+        };
+        Some(Ok((ConnectionId::new(input as u32), (input >> 32) as u16)))
+    }
 
     /// Does it, and says what kind of exit it was and what the guest gets as its status.
     pub(crate) fn serve(
@@ -93,6 +118,19 @@ mod tests {
 
     fn post(memory: &GuestMemory, sink: &Sink, control: u64, input: u64) -> HvStatus {
         Hypercall { control, input }.serve(memory, sink).1
+    }
+
+    #[test]
+    fn a_signal_names_its_connection_in_either_form() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        memory.write_obj(Gpa(0x3008), &0xabcd_0003_0000_2001_u64).unwrap();
+        let signaled = |control, input| Hypercall { control, input }.signaled(&memory);
+        let connection = ConnectionId::new(0x2001);
+        assert_eq!(signaled(0x1_005d, 0x2001), Some(Ok((connection, 0))));
+        assert_eq!(signaled(0x5d, 0x3008), Some(Ok((connection, 3))));
+        assert_eq!(signaled(0x5d, 0x3004), Some(Err(HvStatus::INVALID_ALIGNMENT)));
+        assert_eq!(signaled(0x5d, 1 << 40), Some(Err(HvStatus::INVALID_ALIGNMENT)));
+        assert_eq!(signaled(0x5c, 0x3008), None);
     }
 
     #[test]

@@ -1,14 +1,16 @@
-//! Partitions by KVM with its in-kernel Hyper-V support.
+//! Partitions by KVM.
 //!
-//! The interrupt controllers, the PIT, the synthetic timers, the reference TSC page and the SINTs
-//! are the kernel's. What comes out to us are ports, addresses without RAM, the SynIC's pages and
-//! messages.
+//! The interrupt controllers and the PIT are the kernel's. So are the hypercall page, the reference
+//! TSC page and the SINTs where KVM has Hyper-V support; what comes out to us then are ports,
+//! addresses without RAM, the SynIC's pages and messages. Where it has not, or is not to use it,
+//! the same interface is served from here ([`user`]).
 
 mod cpuid;
 mod deferred;
 mod irq;
 mod stats;
 mod synic;
+mod user;
 mod vp;
 
 use std::io;
@@ -23,9 +25,12 @@ use vmm_sys_util::signal::Killable;
 
 use deferred::DeferredWrites;
 pub use stats::KernelCounters;
-pub use synic::KvmSynic;
+use synic::KvmSynic;
 
-use crate::synic::MessageSink;
+use user::synic::UserSynic;
+use user::{UserHyperV, UserVp};
+
+use crate::synic::{MessageSink, Synic};
 use crate::{
     BootState, Bus, ExitCounters, GuestMemory, InterruptLine, PartitionError, StopHandle,
     StopReason, VpIndex, layout,
@@ -37,6 +42,8 @@ pub enum HyperV {
     /// KVM's own.
     #[default]
     Kernel,
+    /// Ours, on any KVM.
+    User,
     /// None: a bare PC. For tests on hosts whose KVM has no Hyper-V support.
     Absent,
 }
@@ -50,6 +57,9 @@ pub struct PartitionConfig {
     pub memory: GuestMemory,
     /// Its Hyper-V interface.
     pub hyper_v: HyperV,
+    /// Whether that offers synthetic timers. Linux does better without: its local APIC's cost fewer
+    /// exits.
+    pub synthetic_timers: bool,
 }
 
 /// A virtual machine: processors, memory, interrupt controllers, SynIC.
@@ -57,7 +67,7 @@ pub struct Partition {
     // The processors go first: dropping order is declaration order.
     vps: Vec<vp::Vp>,
     vm: Arc<VmFd>,
-    synic: Arc<KvmSynic>,
+    synic: Arc<dyn Synic>,
     /// Not there when KVM cannot defer port writes (before Linux 5.0).
     deferred: Option<Arc<DeferredWrites>>,
     /// KVM's slots refer to its mappings.
@@ -108,12 +118,29 @@ pub fn lacking(kvm: &Kvm, hyper_v: HyperV) -> Option<&'static str> {
         (KVM_CAP_HYPERV_VP_INDEX, "KVM_CAP_HYPERV_VP_INDEX"),
         (KVM_CAP_HYPERV_EVENTFD, "KVM_CAP_HYPERV_EVENTFD"),
     ];
-    let kernel = if hyper_v == HyperV::Kernel { &kernel[..] } else { &[] };
+    let user = [
+        (KVM_CAP_X86_USER_SPACE_MSR, "KVM_CAP_X86_USER_SPACE_MSR (since Linux 5.10)"),
+        (KVM_CAP_X86_MSR_FILTER, "KVM_CAP_X86_MSR_FILTER (since Linux 5.10)"),
+        (KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI"),
+    ];
+    let more = match hyper_v {
+        HyperV::Kernel => &kernel[..],
+        HyperV::User => &user[..],
+        HyperV::Absent => &[],
+    };
     common
         .iter()
-        .chain(kernel)
+        .chain(more)
         .find(|(capability, _)| kvm.check_extension_raw((*capability).into()) <= 0)
         .map(|(_, name)| *name)
+}
+
+/// The Hyper-V interface to use: the kernel's where it has one, ours otherwise.
+pub fn preferred_hyper_v(kvm: &Kvm) -> HyperV {
+    match lacking(kvm, HyperV::Kernel) {
+        None => HyperV::Kernel,
+        Some(_) => HyperV::User,
+    }
 }
 
 impl Partition {
@@ -140,26 +167,37 @@ impl Partition {
         vm.create_pit2(pit).map_err(call("cannot create the PIT"))?;
 
         let stop = StopHandle::default();
-        let synic = Arc::new(KvmSynic::new(&vm, &config.memory, config.vps)?);
+        let hyper_v = config.hyper_v;
+        let kernel_synic = match hyper_v {
+            HyperV::User => None,
+            _ => Some(Arc::new(KvmSynic::new(&vm, &config.memory, config.vps)?)),
+        };
+        if hyper_v == HyperV::User {
+            user::filter_registers(&vm)?;
+        }
         let mut vps = Vec::new();
         for index in (0..config.vps).map(VpIndex) {
             let environment = vp::Environment {
                 index,
                 count: config.vps,
-                hyper_v: config.hyper_v,
-                synic: Arc::clone(&synic),
+                hyper_v,
+                timers: config.synthetic_timers,
+                synic: kernel_synic.clone(),
                 memory: config.memory.clone(),
                 stop: stop.clone(),
             };
             vps.push(vp::Vp::new(&kvm, &vm, environment)?);
         }
         // After the processors: KVM wants a SINT's processor to exist.
-        let sints = match config.hyper_v {
-            HyperV::Kernel => config.vps,
-            HyperV::Absent => 0,
+        let sints = if hyper_v == HyperV::Kernel { config.vps } else { 0 };
+        irq::set_routes(&vm, (0..sints).map(VpIndex).map(irq::kernel_sint))?;
+        let synic: Arc<dyn Synic> = match kernel_synic {
+            Some(synic) => {
+                synic.attach_interrupts(sints)?;
+                synic
+            }
+            None => serve_by_user_space(&mut vps, &vm, config, &stop)?,
         };
-        irq::set_routes(&vm, sints)?;
-        synic.attach_interrupts(sints)?;
 
         let deferred = match vps.first() {
             Some(vp) if kvm.check_extension_raw(KVM_CAP_COALESCED_PIO.into()) > 0 => {
@@ -177,7 +215,7 @@ impl Partition {
     }
 
     /// Its SynIC, as the root side sees it.
-    pub fn synic(&self) -> Arc<KvmSynic> {
+    pub fn synic(&self) -> Arc<dyn Synic> {
         Arc::clone(&self.synic)
     }
 
@@ -279,6 +317,34 @@ fn stop_all(threads: Vec<JoinHandle<()>>) {
             tracing::error!("a virtual processor's thread panicked");
         }
     }
+}
+
+/// Gives the processors their Hyper-V interface from user space.
+fn serve_by_user_space(
+    vps: &mut [vp::Vp],
+    vm: &Arc<VmFd>,
+    config: &PartitionConfig,
+    stop: &StopHandle,
+) -> Result<Arc<dyn Synic>, PartitionError> {
+    let synic = Arc::new(UserSynic::new(vm, &config.memory, config.vps)?);
+    // All of them, so that each shows the same time.
+    let shared = vps.iter().all(vp::Vp::share_tsc);
+    let khz = vps.first().and_then(vp::Vp::tsc_khz);
+    let trusted = shared && host_trusts_tsc();
+    let timers = config.synthetic_timers;
+    let user = UserHyperV::new(&config.memory, &synic, khz, trusted, timers, stop.clone());
+    for vp in vps {
+        let served = UserVp::new(vp.index(), &user);
+        vp.serve_by(served);
+    }
+    Ok(synic)
+}
+
+/// Whether the host's own clock is its time stamp counter: it watches it, and lets it go when it
+/// goes wrong.
+fn host_trusts_tsc() -> bool {
+    std::fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+        .is_ok_and(|name| name.trim() == "tsc")
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd, PartitionError> {

@@ -7,9 +7,13 @@ pub mod kvm;
 pub mod layout;
 pub mod memory;
 pub mod partition;
+mod reference_time;
+mod registers;
 pub mod synic;
+mod timers;
 mod types;
 
+pub use hypercall::page::{DOORBELL_PORT, HYPERCALL_PORT};
 pub use intercept::{Bus, BusError, Claim, Device};
 pub use memory::{GuestMemory, MemoryError, PageMapping};
 pub use partition::{

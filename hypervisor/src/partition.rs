@@ -150,6 +150,8 @@ pub enum ExitKind {
     MmioWrite,
     /// A write to a SynIC register that moves a page.
     Synic,
+    /// An access to a synthetic register that user space serves.
+    Register,
     /// The hypercall *post message*.
     PostMessage,
     /// The hypercall *signal event* on a connection that nobody has bound.
@@ -164,12 +166,13 @@ pub enum ExitKind {
 
 impl ExitKind {
     /// All kinds, in the order in which they are counted.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::PortRead,
         Self::PortWrite,
         Self::MmioRead,
         Self::MmioWrite,
         Self::Synic,
+        Self::Register,
         Self::PostMessage,
         Self::SignalEvent,
         Self::SystemEvent,
@@ -185,6 +188,7 @@ impl ExitKind {
             Self::MmioRead => "mmio reads",
             Self::MmioWrite => "mmio writes",
             Self::Synic => "synic pages",
+            Self::Register => "synthetic registers",
             Self::PostMessage => "messages posted",
             Self::SignalEvent => "unbound signals",
             Self::SystemEvent => "system events",
@@ -263,8 +267,8 @@ mod tests {
                 counters.count(kind);
             }
         }
-        assert_eq!(counters.total(), 55);
+        assert_eq!(counters.total(), 66);
         assert_eq!(counters.get(ExitKind::PortRead), 1);
-        assert!(counters.to_string().starts_with("55 exits, 1 port reads"));
+        assert!(counters.to_string().starts_with("66 exits, 1 port reads"));
     }
 }

@@ -8,6 +8,8 @@
 //! [`Synic`] is all that the rooms above know of it. Whether the kernel serves it
 //! ([`crate::kvm`]) or our own code does changes nothing for them.
 
+pub(crate) mod pages;
+
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;

@@ -28,7 +28,7 @@ fn partition(vps: u32, code: &[u8]) -> Option<Partition> {
     memory.write_obj(gdt, &[0_u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]).unwrap();
     memory.write(CODE, code).unwrap();
 
-    let config = PartitionConfig { vps, memory, hyper_v: HyperV::Absent };
+    let config = PartitionConfig { vps, memory, hyper_v: HyperV::Absent, synthetic_timers: false };
     let partition = match Partition::new(&config) {
         Ok(partition) => partition,
         Err(PartitionError::NoKvm | PartitionError::NoPermission) => {
@@ -146,7 +146,12 @@ fn a_triple_fault_ends_the_run() {
 fn too_many_processors_are_refused() {
     let memory = GuestMemory::new(1 << 20).unwrap();
     for vps in [0, 255, u32::MAX] {
-        let config = PartitionConfig { vps, memory: memory.clone(), hyper_v: HyperV::Absent };
+        let config = PartitionConfig {
+            vps,
+            memory: memory.clone(),
+            hyper_v: HyperV::Absent,
+            synthetic_timers: false,
+        };
         match Partition::new(&config) {
             Err(PartitionError::VpCount { asked, .. }) => assert_eq!(asked, vps),
             Err(PartitionError::NoKvm | PartitionError::NoPermission) => return,

@@ -5,12 +5,13 @@
 //! offer follows from what costs a Linux guest the fewest exits (counted with KVM's trace points
 //! over a boot):
 //!
-//! - No synthetic timers. A tick of one costs two exits: the handler sets the next tick before it
+//! - No synthetic timers, unless asked for. A tick of one costs two exits: the handler sets the next tick before it
 //!   ends the interrupt, and that exit takes away the chance to end it without another. The local
 //!   APIC's timer ends the interrupt first; one exit.
 //! - Where the host's processor does not virtualize the local APIC, interrupts end by the VP
 //!   assist page (no exit if none other waits), and those of the VMBus end by themselves.
 //! - Where it does, both would only get in its way.
+//! - Where user space serves the registers ([`HyperV::User`]) nobody can do either.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -26,9 +27,11 @@ const HYPERVISOR_LEAVES_END: u32 = 0x4000_01ff;
 mod privileges {
     pub(super) const PARTITION_REFERENCE_COUNTER: u32 = 1 << 1;
     pub(super) const SYNIC_REGS: u32 = 1 << 2;
+    pub(super) const SYNTIMER_REGS: u32 = 1 << 3;
     pub(super) const INTR_CTRL_REGS: u32 = 1 << 4;
     pub(super) const HYPERCALL_MSRS: u32 = 1 << 5;
     pub(super) const VP_INDEX: u32 = 1 << 6;
+    pub(super) const RESET: u32 = 1 << 7;
     pub(super) const PARTITION_REFERENCE_TSC: u32 = 1 << 9;
     pub(super) const FREQUENCY_REGS: u32 = 1 << 11;
 
@@ -37,6 +40,7 @@ mod privileges {
 
     pub(super) const EDX_FREQUENCY_REGS: u32 = 1 << 8;
     pub(super) const EDX_CRASH_REGS: u32 = 1 << 10;
+    pub(super) const EDX_DIRECT_TIMERS: u32 = 1 << 19;
 }
 
 /// Recommendations, leaf 0x40000004 EAX.
@@ -56,6 +60,8 @@ pub(super) struct HostFeatures {
     pub(super) tsc_deadline: bool,
     /// The processor virtualizes the local APIC (APICv, AVIC), and KVM uses that.
     pub(super) virtual_apic: bool,
+    /// Synthetic timers are to be offered.
+    pub(super) timers: bool,
 }
 
 /// The leaves for one processor of `count`, from those that KVM supports.
@@ -79,8 +85,8 @@ pub(super) fn build(
             leaf.ecx = set_bit(leaf.ecx, 24, host.tsc_deadline);
         }
     }
-    if hyper_v == HyperV::Kernel {
-        leaves.extend(hyper_v_leaves(count, host));
+    if hyper_v != HyperV::Absent {
+        leaves.extend(hyper_v_leaves(count, host, hyper_v));
     }
     leaves
 }
@@ -146,7 +152,7 @@ fn topology(leaves: &mut Vec<kvm_cpuid_entry2>, vp: VpIndex, count: u32) {
     }
 }
 
-fn hyper_v_leaves(count: u32, host: HostFeatures) -> Vec<kvm_cpuid_entry2> {
+fn hyper_v_leaves(count: u32, host: HostFeatures, hyper_v: HyperV) -> Vec<kvm_cpuid_entry2> {
     let leaf = |function, eax, ebx, ecx, edx| kvm_cpuid_entry2 {
         function,
         eax,
@@ -157,17 +163,22 @@ fn hyper_v_leaves(count: u32, host: HostFeatures) -> Vec<kvm_cpuid_entry2> {
     };
     let word = |text: &[u8; 4]| u32::from_le_bytes(*text);
 
+    let by_register = hyper_v == HyperV::Kernel;
     let access = privileges::PARTITION_REFERENCE_COUNTER
         | privileges::SYNIC_REGS
-        | privileges::INTR_CTRL_REGS
+        | if by_register { privileges::INTR_CTRL_REGS } else { 0 }
+        | if host.timers { privileges::SYNTIMER_REGS } else { 0 }
         | privileges::HYPERCALL_MSRS
         | privileges::VP_INDEX
+        | privileges::RESET
         | privileges::PARTITION_REFERENCE_TSC
         | privileges::FREQUENCY_REGS;
-    let features = privileges::EDX_FREQUENCY_REGS | privileges::EDX_CRASH_REGS;
+    let features = privileges::EDX_FREQUENCY_REGS
+        | privileges::EDX_CRASH_REGS
+        | if host.timers { privileges::EDX_DIRECT_TIMERS } else { 0 };
     let more = privileges::EBX_POST_MESSAGES | privileges::EBX_SIGNAL_EVENTS;
     let recommended = recommendations::RELAXED_TIMING
-        | if host.virtual_apic {
+        | if host.virtual_apic || !by_register {
             recommendations::DEPRECATE_AUTO_EOI
         } else {
             recommendations::APIC_MSRS
@@ -218,20 +229,33 @@ mod tests {
     }
 
     fn built(vp: u32, count: u32, hyper_v: HyperV) -> Vec<kvm_cpuid_entry2> {
-        let host = HostFeatures { tsc_deadline: true, virtual_apic: false };
+        let host = HostFeatures { tsc_deadline: true, virtual_apic: false, timers: false };
         build(&supported(), VpIndex(vp), count, host, hyper_v)
     }
 
     #[test]
     fn interrupts_end_the_cheapest_way() {
         for virtual_apic in [false, true] {
-            let host = HostFeatures { tsc_deadline: true, virtual_apic };
+            let host = HostFeatures { tsc_deadline: true, virtual_apic, timers: false };
             let leaves = build(&supported(), VpIndex(0), 1, host, HyperV::Kernel);
             let recommended = get(&leaves, 0x4000_0004, 0).eax;
             assert_eq!(recommended & 1 << 9 != 0, virtual_apic, "no auto-EOI");
             assert_eq!(recommended & 1 << 3 != 0, !virtual_apic, "EOI by register");
             // The registers are there in any case: Linux writes the VP assist page's unasked.
             assert_ne!(get(&leaves, 0x4000_0003, 0).eax & 1 << 4, 0);
+        }
+    }
+
+    #[test]
+    fn user_space_offers_what_it_serves() {
+        for timers in [false, true] {
+            let host = HostFeatures { tsc_deadline: true, virtual_apic: false, timers };
+            let leaves = build(&supported(), VpIndex(0), 1, host, HyperV::User);
+            let features = get(&leaves, 0x4000_0003, 0);
+            assert_eq!(features.eax & 1 << 4, 0, "EOI, ICR and TPR");
+            assert_eq!(features.eax & 1 << 3 != 0, timers);
+            assert_eq!(features.edx & 1 << 19 != 0, timers);
+            assert_eq!(get(&leaves, 0x4000_0004, 0).eax & (1 << 9 | 1 << 3), 1 << 9);
         }
     }
 

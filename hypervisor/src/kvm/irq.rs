@@ -4,21 +4,22 @@
 //! | --- | --- |
 //! | 0 to 15 | the pins of both PICs and of the I/O APIC, one to one |
 //! | 16 to 23 | the I/O APIC's other pins |
-//! | 64 and up | SINT 2 of each processor |
+//! | 64 and up | SINT 2 of each processor: to the kernel's SynIC, or a message to its local APIC |
 
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+    KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_hv_sint, kvm_irq_routing_irqchip,
+    kvm_irq_routing_msi, kvm_msi,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::call;
 use crate::synic::Sint;
-use crate::{InterruptLine, PartitionError, VpIndex};
+use crate::{InterruptLine, PartitionError, VpIndex, layout};
 
 /// The I/O APIC's pins.
 const IOAPIC_PINS: u32 = 24;
@@ -31,8 +32,54 @@ pub(super) fn sint_gsi(vp: VpIndex) -> u32 {
     SINT_GSIS + vp.0
 }
 
-/// Tells KVM all routes, the SINTs of `sints` processors among them.
-pub(super) fn set_routes(vm: &VmFd, sints: u32) -> Result<(), PartitionError> {
+/// The route to SINT 2 of a processor in the kernel's SynIC.
+pub(super) fn kernel_sint(vp: VpIndex) -> kvm_irq_routing_entry {
+    kvm_irq_routing_entry {
+        gsi: sint_gsi(vp),
+        type_: KVM_IRQ_ROUTING_HV_SINT,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            hv_sint: kvm_irq_routing_hv_sint { vcpu: vp.0, sint: Sint::VMBUS.index().into() },
+        },
+        ..Default::default()
+    }
+}
+
+/// The route by which SINT 2 of a processor becomes `vector` of its local APIC.
+pub(super) fn sint_vector(vp: VpIndex, vector: u8) -> kvm_irq_routing_entry {
+    kvm_irq_routing_entry {
+        gsi: sint_gsi(vp),
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            msi: kvm_irq_routing_msi {
+                address_lo: msi_address(vp),
+                data: vector.into(),
+                ..Default::default()
+            },
+        },
+        ..Default::default()
+    }
+}
+
+/// Where a message goes that interrupts one processor (SDM volume 3, 11.11): the APIC id is in
+/// bits 12 to 19, and the data's upper bits, all zero, make it fixed and edge-triggered.
+fn msi_address(vp: VpIndex) -> u32 {
+    layout::LOCAL_APIC.0 as u32 | (vp.0 & 0xff) << 12
+}
+
+/// Raises `vector` of a processor's local APIC, without a route. Any thread.
+pub(super) fn raise_vector(vm: &VmFd, vp: VpIndex, vector: u8) {
+    let message =
+        kvm_msi { address_lo: msi_address(vp), data: vector.into(), ..Default::default() };
+    if let Err(error) = vm.signal_msi(message) {
+        tracing::warn!(%vp, vector, %error, "cannot raise an interrupt");
+    }
+}
+
+/// Tells KVM all routes: the lines' and `sints`.
+pub(super) fn set_routes(
+    vm: &VmFd,
+    sints: impl Iterator<Item = kvm_irq_routing_entry>,
+) -> Result<(), PartitionError> {
     let chip = |gsi, irqchip, pin| kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
@@ -44,14 +91,6 @@ pub(super) fn set_routes(vm: &VmFd, sints: u32) -> Result<(), PartitionError> {
     let pic = (0..8).map(|gsi| chip(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
     let second_pic = (8..16).map(|gsi| chip(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8));
     let ioapic = (0..IOAPIC_PINS).map(|gsi| chip(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    let sints = (0..sints).map(|vp| kvm_irq_routing_entry {
-        gsi: sint_gsi(VpIndex(vp)),
-        type_: KVM_IRQ_ROUTING_HV_SINT,
-        u: kvm_irq_routing_entry__bindgen_ty_1 {
-            hv_sint: kvm_irq_routing_hv_sint { vcpu: vp, sint: Sint::VMBUS.index().into() },
-        },
-        ..Default::default()
-    });
     let entries: Vec<_> = pic.chain(second_pic).chain(ioapic).chain(sints).collect();
     let table = KvmIrqRouting::from_entries(&entries).expect("a few hundred routes fit");
     vm.set_gsi_routing(&table).map_err(call("cannot set the interrupt routes"))

@@ -14,23 +14,32 @@ use std::sync::{Arc, Once};
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_enable_cap, kvm_hyperv_exit,
-    kvm_msr_entry, kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
+    KVMIO, Msrs, kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit, kvm_msr_entry, kvm_run,
+    kvm_run__bindgen_ty_1, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
 use vmm_sys_util::signal::register_signal_handler;
 
 use super::cpuid::{self, HostFeatures};
 use super::deferred::DeferredWrites;
 use super::stats::KernelCounters;
-use super::synic::{KvmSynic, SynicPages};
+use super::synic::KvmSynic;
+use super::user::UserVp;
 use super::{HyperV, call};
 use crate::hypercall::Hypercall;
+use crate::hypercall::page::{DOORBELL_PORT, HYPERCALL_PORT};
 use crate::partition::ExitKind;
-use crate::synic::MessageSink;
+use crate::registers::GeneralProtection;
+use crate::synic::pages::PageRegisters;
+use crate::synic::{HvStatus, MessageSink};
 use crate::{
     BootState, Bus, ExitCounters, GuestMemory, PartitionError, StopHandle, StopReason, VpIndex,
 };
+
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 
 /// The signal that gets a processor out of KVM: the first real-time signal that libc leaves us.
 pub(super) fn kick_signal() -> i32 {
@@ -66,7 +75,9 @@ pub(super) struct Environment {
     /// How many processors the partition has.
     pub(super) count: u32,
     pub(super) hyper_v: HyperV,
-    pub(super) synic: Arc<KvmSynic>,
+    pub(super) timers: bool,
+    /// The kernel's, if it serves it.
+    pub(super) synic: Option<Arc<KvmSynic>>,
     pub(super) memory: GuestMemory,
     pub(super) stop: StopHandle,
 }
@@ -92,6 +103,8 @@ pub(super) struct Vp {
     fd: VcpuFd,
     environment: Environment,
     counters: Arc<ExitCounters>,
+    /// There if user space serves the Hyper-V interface.
+    user: Option<UserVp>,
 }
 
 /// Ends a processor's claim to its thread, and the whole run if that unwinds: the other processors
@@ -129,6 +142,7 @@ impl Vp {
         let host = HostFeatures {
             tsc_deadline: kvm.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0,
             virtual_apic: host_virtualizes_apic(),
+            timers: environment.timers,
         };
         let Environment { index, count, hyper_v, .. } = environment;
         let leaves = cpuid::build(&supported, index, count, host, hyper_v);
@@ -150,7 +164,7 @@ impl Vp {
                 fd.enable_cap(&capability).map_err(call("cannot limit KVM to what is offered"))?;
             }
         }
-        let vp = Self { fd, environment, counters: Arc::default() };
+        let vp = Self { fd, environment, counters: Arc::default(), user: None };
         vp.set_power_on_state()?;
         Ok(vp)
     }
@@ -169,6 +183,29 @@ impl Vp {
 
     pub(super) fn kernel_counters(&self) -> Option<KernelCounters> {
         KernelCounters::open(&self.fd)
+    }
+
+    /// From now on `user` serves the guest's Hyper-V interface.
+    pub(super) fn serve_by(&mut self, user: UserVp) {
+        self.user = Some(user);
+    }
+
+    /// The speed of its time stamp counter, if KVM knows it.
+    pub(super) fn tsc_khz(&self) -> Option<u32> {
+        self.fd.get_tsc_khz().ok().filter(|khz| *khz > 0)
+    }
+
+    /// Makes its time stamp counter the host's. False where KVM cannot (before Linux 5.16).
+    pub(super) fn share_tsc(&self) -> bool {
+        let offset = 0_u64;
+        let attribute = kvm_device_attr {
+            group: KVM_VCPU_TSC_CTRL,
+            attr: KVM_VCPU_TSC_OFFSET.into(),
+            addr: &raw const offset as u64,
+            ..Default::default()
+        };
+        // SAFETY: the ioctl reads the structure, and the number that this points to.
+        unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &attribute) == 0 }
     }
 
     /// What a PC's firmware leaves behind, beyond KVM's reset state: interrupts of the PICs come
@@ -272,7 +309,40 @@ impl Vp {
         let counters = &self.counters;
         // The page stays where it is; what an exit does not carry is read from it by pointer.
         let run: *const kvm_run = self.fd.get_kvm_run();
+        let user = self.user.is_some();
         match self.fd.run() {
+            Ok(VcpuExit::X86Rdmsr(exit)) => {
+                counters.count(ExitKind::Register);
+                match self.user.as_ref().map(|user| user.read(exit.index)) {
+                    Some(Ok(value)) => *exit.data = value,
+                    Some(Err(GeneralProtection)) | None => *exit.error = 1,
+                }
+            }
+            Ok(VcpuExit::X86Wrmsr(exit)) => {
+                counters.count(ExitKind::Register);
+                match self.user.as_mut().map(|user| user.write(exit.index, exit.data)) {
+                    Some(Ok(None)) => {}
+                    Some(Ok(Some(reason))) => return Next::Stop(reason),
+                    Some(Err(GeneralProtection)) | None => *exit.error = 1,
+                }
+            }
+            Ok(VcpuExit::IoIn(HYPERCALL_PORT, data)) if user && data.len() == 4 => {
+                let data: *mut [u8] = data;
+                let status = match self.hypercall(sink) {
+                    Ok(status) => status,
+                    Err(error) => return self.fail(&format!("no registers: {error}")),
+                };
+                // SAFETY: it lies in the processor's page, which stays mapped and which the kernel
+                // leaves alone until the next run; nobody else has a reference to it by now.
+                let data = unsafe { &mut *data };
+                data.copy_from_slice(&u32::from(status.0).to_le_bytes());
+            }
+            Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) if user && data.len() == 4 => {
+                counters.count(ExitKind::SignalEvent);
+                if let Err(error) = self.refuse_signal() {
+                    return self.fail(&format!("no registers: {error}"));
+                }
+            }
             Ok(VcpuExit::IoIn(port, data)) => {
                 counters.count(ExitKind::PortRead);
                 buses.catch_up();
@@ -334,6 +404,25 @@ impl Vp {
         Next::Run
     }
 
+    /// The guest has read the hypercall port.
+    fn hypercall(&self, sink: &dyn MessageSink) -> Result<HvStatus, kvm_ioctls::Error> {
+        let registers = self.fd.get_regs()?;
+        let hypercall = Hypercall { control: registers.rcx, input: registers.rdx };
+        let Some(user) = &self.user else { return Ok(HvStatus::INVALID_HYPERCALL_CODE) };
+        let (kind, status) = user.hypercall(&hypercall, sink);
+        self.counters.count(kind);
+        Ok(status)
+    }
+
+    /// The guest has rung a doorbell that nobody has bound: the status is added to EAX, which
+    /// holds the connection.
+    fn refuse_signal(&self) -> Result<(), kvm_ioctls::Error> {
+        let mut registers = self.fd.get_regs()?;
+        let status = u32::from(HvStatus::INVALID_CONNECTION_ID.0);
+        registers.rax = (registers.rax as u32).wrapping_add(status).into();
+        self.fd.set_regs(&registers)
+    }
+
     fn hyper_v_exit(&mut self, sink: &dyn MessageSink) {
         let environment = &self.environment;
         let counters = &self.counters;
@@ -345,8 +434,11 @@ impl Vp {
                 counters.count(ExitKind::Synic);
                 // SAFETY: the type says that this is the member in use.
                 let synic = unsafe { exit.u.synic };
-                let pages = SynicPages { message_page: synic.msg_page, event_page: synic.evt_page };
-                environment.synic.set_pages(environment.index, pages);
+                let pages =
+                    PageRegisters { message_page: synic.msg_page, event_page: synic.evt_page };
+                if let Some(synic) = &environment.synic {
+                    synic.set_pages(environment.index, pages);
+                }
             }
             KVM_EXIT_HYPERV_HCALL => {
                 // SAFETY: the type says that this is the member in use.

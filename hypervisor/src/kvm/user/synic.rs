@@ -1,0 +1,219 @@
+//! The SynIC from user space: its SINTs are vectors of KVM's local APICs.
+//!
+//! The VMBus's SINT has an irqfd per processor, so that whoever holds its descriptor can raise it;
+//! its route follows what the guest writes to the SINT's register, which is rare. The others, used
+//! by timers alone, are raised by an ioctl each.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::hypercall::page::DOORBELL_PORT;
+use crate::kvm::{call, irq};
+use crate::registers::SintState;
+use crate::synic::pages::{PageRegisters, SynicPages};
+use crate::synic::{ConnectionId, EventFlag, EventPort, HvStatus, Message, Posted, Sint, Synic};
+use crate::{GuestMemory, PartitionError, VpIndex};
+
+/// The address of the doorbells. Which one it is, the data say.
+const DOORBELL: IoEventAddress = IoEventAddress::Pio(DOORBELL_PORT as u64);
+
+/// The SynICs of a partition's processors.
+pub(in crate::kvm) struct UserSynic {
+    vm: Arc<VmFd>,
+    pages: Arc<SynicPages>,
+    vps: Box<[VpSints]>,
+    /// Held while a slot is filled: the VMBus posts, and so do timers.
+    posting: Mutex<()>,
+    /// Held while routes change: each processor changes its own.
+    routing: Mutex<()>,
+    slot_free: EventFd,
+    /// What bound connections fire, for the rare signal that does not come by the doorbell.
+    bound: Mutex<HashMap<u32, EventFd>>,
+    crashed: AtomicBool,
+}
+
+/// A processor's SINTs, as others than its own thread need to know them.
+#[derive(Default)]
+struct VpSints {
+    /// A bit per SINT that is not masked.
+    open: AtomicU16,
+    /// A bit per SINT whose slot was found taken.
+    busy: AtomicU16,
+    /// The vectors; 0 for none.
+    vectors: [AtomicU8; Sint::COUNT as usize],
+}
+
+fn bit(sint: Sint) -> u16 {
+    1 << sint.index()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl UserSynic {
+    /// After the processors have been made.
+    pub(in crate::kvm) fn new(
+        vm: &Arc<VmFd>,
+        memory: &GuestMemory,
+        vps: u32,
+    ) -> Result<Self, PartitionError> {
+        let pages = Arc::new(SynicPages::new(memory, vps));
+        for index in (0..vps).map(VpIndex) {
+            pages.attach_interrupt(index, irq::irqfd(vm, irq::sint_gsi(index))?);
+        }
+        let slot_free =
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(call("cannot make an eventfd"))?;
+        Ok(Self {
+            vm: Arc::clone(vm),
+            pages,
+            vps: (0..vps).map(|_| VpSints::default()).collect(),
+            posting: Mutex::default(),
+            routing: Mutex::default(),
+            slot_free,
+            bound: Mutex::default(),
+            crashed: AtomicBool::default(),
+        })
+    }
+
+    pub(super) fn vp_count(&self) -> u32 {
+        self.vps.len() as u32
+    }
+
+    fn vp(&self, vp: VpIndex) -> Option<&VpSints> {
+        self.vps.get(vp.0 as usize)
+    }
+
+    /// The guest has written SIMP, SIEFP or SCONTROL.
+    pub(super) fn set_pages(&self, vp: VpIndex, registers: PageRegisters) {
+        self.pages.set(vp, registers);
+    }
+
+    /// The guest has written a SINT.
+    pub(super) fn set_sint(
+        &self,
+        vp: VpIndex,
+        sint: Sint,
+        state: SintState,
+    ) -> Result<(), PartitionError> {
+        let Some(sints) = self.vp(vp) else { return Ok(()) };
+        if state.is_open() {
+            sints.open.fetch_or(bit(sint), Ordering::AcqRel);
+        } else {
+            sints.open.fetch_and(!bit(sint), Ordering::AcqRel);
+        }
+        let vector = state.vector().unwrap_or(0);
+        let old = sints
+            .vectors
+            .get(usize::from(sint.index()))
+            .map(|slot| slot.swap(vector, Ordering::AcqRel));
+        if sint == Sint::VMBUS && old != Some(vector) { self.route() } else { Ok(()) }
+    }
+
+    /// Tells KVM where the VMBus's SINTs go. To change routes costs it a grace period, so it is
+    /// done only when one has changed.
+    fn route(&self) -> Result<(), PartitionError> {
+        let _routing = lock(&self.routing);
+        let vector = |sints: &VpSints| {
+            sints.vectors.get(usize::from(Sint::VMBUS.index())).map(|v| v.load(Ordering::Acquire))
+        };
+        let sints = (0..).map(VpIndex).zip(&self.vps).filter_map(|(vp, sints)| {
+            vector(sints).filter(|vector| *vector != 0).map(|vector| irq::sint_vector(vp, vector))
+        });
+        irq::set_routes(&self.vm, sints)
+    }
+
+    /// Puts `message` into a slot and raises its SINT.
+    pub(super) fn deliver(&self, vp: VpIndex, sint: Sint, message: &Message) -> Posted {
+        let Some(sints) = self.vp(vp) else { return Posted::Disabled };
+        if sints.open.load(Ordering::Acquire) & bit(sint) == 0 {
+            return Posted::Disabled;
+        }
+        let mut posted = {
+            let _posting = lock(&self.posting);
+            self.pages.fill(vp, sint, message)
+        };
+        if posted == Posted::Busy {
+            // From now on the guest's EOM is told. It may have been there already, so once more.
+            sints.busy.fetch_or(bit(sint), Ordering::SeqCst);
+            let _posting = lock(&self.posting);
+            posted = self.pages.fill(vp, sint, message);
+        }
+        if posted == Posted::Delivered {
+            self.raise(vp, sint);
+        }
+        posted
+    }
+
+    fn raise(&self, vp: VpIndex, sint: Sint) {
+        if sint == Sint::VMBUS {
+            return self.pages.raise(vp);
+        }
+        let vector = self.vp(vp).and_then(|sints| sints.vectors.get(usize::from(sint.index())));
+        match vector.map(|vector| vector.load(Ordering::Acquire)) {
+            None | Some(0) => {}
+            Some(vector) => self.raise_vector(vp, vector),
+        }
+    }
+
+    /// Interrupts `vp` whatever its SINTs say.
+    pub(super) fn raise_vector(&self, vp: VpIndex, vector: u8) {
+        irq::raise_vector(&self.vm, vp, vector);
+    }
+
+    /// The guest has written EOM.
+    pub(super) fn end_of_message(&self, vp: VpIndex) {
+        let busy = self.vp(vp).map_or(0, |sints| sints.busy.swap(0, Ordering::SeqCst));
+        if busy != 0 {
+            // It fails only when the counter is full, and then it has fired.
+            let _ = self.slot_free.write(1);
+        }
+    }
+
+    /// A *signal event* that did not come by the doorbell.
+    pub(super) fn signal(&self, connection: ConnectionId) -> HvStatus {
+        match lock(&self.bound).get(&connection.get()) {
+            Some(event) => {
+                let _ = event.write(1);
+                HvStatus::SUCCESS
+            }
+            None => HvStatus::INVALID_CONNECTION_ID,
+        }
+    }
+
+    /// Whether nobody has asked this before.
+    pub(super) fn first_crash(&self) -> bool {
+        !self.crashed.swap(true, Ordering::Relaxed)
+    }
+}
+
+impl Synic for UserSynic {
+    fn post(&self, vp: VpIndex, sint: Sint, message: &Message) -> Posted {
+        self.deliver(vp, sint, message)
+    }
+
+    fn slot_free(&self) -> &EventFd {
+        &self.slot_free
+    }
+
+    fn bind(&self, connection: ConnectionId, event: &EventFd) -> io::Result<()> {
+        let copy = event.try_clone()?;
+        self.vm.register_ioevent(event, &DOORBELL, connection.get())?;
+        lock(&self.bound).insert(connection.get(), copy);
+        Ok(())
+    }
+
+    fn unbind(&self, connection: ConnectionId, event: &EventFd) -> io::Result<()> {
+        lock(&self.bound).remove(&connection.get());
+        Ok(self.vm.unregister_ioevent(event, &DOORBELL, connection.get())?)
+    }
+
+    fn event_port(&self, vp: VpIndex, sint: Sint, flag: EventFlag) -> Option<Arc<dyn EventPort>> {
+        self.pages.event_port(vp, sint, flag)
+    }
+}

@@ -1,0 +1,317 @@
+//! What tests with a few bytes of guest code share: a partition ready to run them, and an assembler
+//! of the few instructions they need.
+
+#![allow(dead_code)] // No test uses all of it.
+
+use std::sync::{Arc, Mutex};
+
+use hypervisor::kvm::{self, HyperV, Partition, PartitionConfig};
+use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
+use hypervisor::{BootState, Bus, Device, Gpa, GuestMemory, StopHandle, StopReason};
+
+/// Where a guest's code starts, and where its handlers do.
+pub const CODE: Gpa = Gpa(0x10_0000);
+const HANDLERS: Gpa = Gpa(0x18_0000);
+const IDT: Gpa = Gpa(0x5000);
+const IDT_POINTER: Gpa = Gpa(0x6000);
+
+/// Faults counted here.
+const FAULTS: u32 = 0x7000;
+/// Interrupts counted here, four bytes for each vector.
+const INTERRUPTS: u32 = 0x7400;
+
+/// Four bytes written here are kept, and shown to the test.
+const REPORT: u16 = 0x100;
+/// Numbers written here ask the test to do something, which it does before the guest goes on.
+const STEP: u16 = 0x108;
+/// Any write ends the run.
+const END: u16 = 0x110;
+
+/// Pages for the guest to use.
+pub const HYPERCALL_PAGE: u32 = 0x11_0000;
+pub const MESSAGE_PAGE: u32 = 0x11_1000;
+pub const EVENT_PAGE: u32 = 0x11_2000;
+pub const TSC_PAGE: u32 = 0x11_3000;
+pub const DATA: u32 = 0x11_4000;
+
+/// Registers of the processor.
+pub const APIC_BASE: u32 = 0x1b;
+const X2APIC_EOI: u32 = 0x80b;
+const X2APIC_SPURIOUS: u32 = 0x80f;
+
+/// Code in the making.
+#[derive(Default)]
+pub struct Code(Vec<u8>);
+
+impl Code {
+    pub fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    fn word(self, value: u32) -> Self {
+        self.bytes(&value.to_le_bytes())
+    }
+
+    /// `mov eax, value`
+    pub fn eax(self, value: u32) -> Self {
+        self.bytes(&[0xb8]).word(value)
+    }
+
+    /// `rax = [address]`
+    pub fn load(self, address: u32) -> Self {
+        self.bytes(&[0x48, 0x8b, 0x04, 0x25]).word(address)
+    }
+
+    /// `dword [address] = value`
+    pub fn store(self, address: u32, value: u32) -> Self {
+        self.bytes(&[0xc7, 0x04, 0x25]).word(address).word(value)
+    }
+
+    pub fn wrmsr(self, register: u32, value: u64) -> Self {
+        self.bytes(&[0xb9])
+            .word(register)
+            .eax(value as u32)
+            .bytes(&[0xba])
+            .word((value >> 32) as u32)
+            .bytes(&[0x0f, 0x30])
+    }
+
+    /// The value goes to RAX.
+    pub fn rdmsr(self, register: u32) -> Self {
+        self.bytes(&[0xb9])
+            .word(register)
+            .bytes(&[0x31, 0xc0, 0x31, 0xd2]) // xor eax, eax; xor edx, edx
+            .bytes(&[0x0f, 0x32])
+            .bytes(&[0x48, 0xc1, 0xe2, 0x20]) // shl rdx, 32
+            .bytes(&[0x48, 0x09, 0xd0]) // or rax, rdx
+    }
+
+    /// The value goes to RAX.
+    pub fn rdtsc(self) -> Self {
+        self.bytes(&[0x0f, 0x31])
+            .bytes(&[0x48, 0xc1, 0xe2, 0x20]) // shl rdx, 32
+            .bytes(&[0x48, 0x09, 0xd0]) // or rax, rdx
+    }
+
+    /// Shows RAX to the test, lower half first.
+    pub fn report(self) -> Self {
+        self.bytes(&[0x66, 0xba])
+            .bytes(&REPORT.to_le_bytes())
+            .bytes(&[0xef]) // out dx, eax
+            .bytes(&[0x48, 0xc1, 0xe8, 0x20]) // shr rax, 32
+            .bytes(&[0xef])
+    }
+
+    /// Has the test do its step `number`.
+    pub fn step(self, number: u32) -> Self {
+        self.eax(number).bytes(&[0x66, 0xba]).bytes(&STEP.to_le_bytes()).bytes(&[0xef])
+    }
+
+    pub fn end(self) -> Self {
+        self.bytes(&[0x66, 0xba]).bytes(&END.to_le_bytes()).bytes(&[0xee, 0xf4])
+    }
+
+    /// Calls the hypercall page with these in RCX, RDX; the status goes to RAX.
+    pub fn hypercall(self, control: u64, input: u64) -> Self {
+        self.bytes(&[0x48, 0xb9])
+            .bytes(&control.to_le_bytes())
+            .bytes(&[0x48, 0xba])
+            .bytes(&input.to_le_bytes())
+            .bytes(&[0x45, 0x31, 0xc0]) // xor r8d, r8d
+            .eax(HYPERCALL_PAGE)
+            .bytes(&[0xff, 0xd0]) // call rax
+    }
+
+    /// Waits until `dword [address]` is at least `value`, with interrupts on.
+    pub fn wait(self, address: u32, value: u32) -> Self {
+        let start = self.0.len();
+        let mut code = self
+            .bytes(&[0xfb]) // sti
+            .bytes(&[0xf3, 0x90]) // pause
+            .bytes(&[0xfa]) // cli
+            .bytes(&[0x81, 0x3c, 0x25])
+            .word(address)
+            .word(value) // cmp dword [address], value
+            .bytes(&[0x72]); // jb start
+        let back = start as i64 - (code.0.len() as i64 + 1);
+        code.0.push(i8::try_from(back).unwrap() as u8);
+        code
+    }
+
+    /// Waits for the `count`th interrupt of `vector`.
+    pub fn wait_interrupt(self, vector: u8, count: u32) -> Self {
+        self.wait(INTERRUPTS + u32::from(vector) * 4, count)
+    }
+
+    /// Shows how many interrupts of `vector` there were.
+    pub fn report_interrupts(self, vector: u8) -> Self {
+        self.bytes(&[0xfb, 0x90, 0x90, 0xfa]).load(INTERRUPTS + u32::from(vector) * 4).report()
+    }
+
+    /// Shows how many faults there were.
+    pub fn report_faults(self) -> Self {
+        self.load(FAULTS).report()
+    }
+
+    /// A descriptor table whose interrupts are counted and ended, and whose faults are counted and
+    /// step over an instruction of two bytes; the local APIC on, as x2APIC.
+    pub fn prologue() -> Self {
+        Self::default()
+            .bytes(&[0x0f, 0x01, 0x1c, 0x25])
+            .word(IDT_POINTER.0 as u32) // lidt
+            .wrmsr(APIC_BASE, 0xfee0_0d00)
+            .wrmsr(X2APIC_SPURIOUS, 0x1ff)
+    }
+
+    /// Hyper-V's interface on: the guest's identity and the hypercall page.
+    pub fn hyper_v(self) -> Self {
+        self.wrmsr(0x4000_0000, 0x8100_0000_0000_0001)
+            .wrmsr(0x4000_0001, u64::from(HYPERCALL_PAGE) | 1)
+    }
+
+    /// The SynIC on, with the VMBus's SINT as `vector`.
+    pub fn synic(self, vector: u8) -> Self {
+        self.wrmsr(0x4000_0083, u64::from(MESSAGE_PAGE) | 1)
+            .wrmsr(0x4000_0082, u64::from(EVENT_PAGE) | 1)
+            .wrmsr(0x4000_0092, vector.into())
+            .wrmsr(0x4000_0080, 1)
+    }
+}
+
+/// Lays handlers and descriptor table into memory.
+fn write_handlers(memory: &GuestMemory) {
+    for vector in 0..=255_u8 {
+        let address = HANDLERS.0 + u64::from(vector) * 64;
+        let code = if vector < 32 {
+            Code::default()
+                .bytes(&[0xff, 0x04, 0x25]) // inc dword [FAULTS]
+                .word(FAULTS)
+                .bytes(&[0x48, 0x83, 0xc4, 0x08]) // add rsp, 8: the error code
+                .bytes(&[0x48, 0x83, 0x04, 0x24, 0x02]) // add qword [rsp], 2
+                .bytes(&[0x48, 0xcf]) // iretq
+        } else {
+            Code::default()
+                .bytes(&[0x50, 0x51, 0x52]) // push rax; push rcx; push rdx
+                .bytes(&[0xff, 0x04, 0x25]) // inc dword [INTERRUPTS + 4 * vector]
+                .word(INTERRUPTS + u32::from(vector) * 4)
+                .wrmsr(X2APIC_EOI, 0)
+                .bytes(&[0x5a, 0x59, 0x58]) // pop rdx; pop rcx; pop rax
+                .bytes(&[0x48, 0xcf]) // iretq
+        };
+        assert!(code.0.len() <= 64);
+        memory.write(Gpa(address), &code.0).unwrap();
+        // An interrupt gate of CPL 0.
+        let low = address & 0xffff | 8 << 16 | 0x8e00 << 32 | (address >> 16 & 0xffff) << 48;
+        memory.write_obj(Gpa(IDT.0 + u64::from(vector) * 16), &[low, address >> 32]).unwrap();
+    }
+    memory.write_obj(IDT_POINTER, &4095_u16).unwrap();
+    memory.write_obj(Gpa(IDT_POINTER.0 + 2), &IDT.0).unwrap();
+}
+
+/// A partition whose first processor starts with `code`, or `None`, with the reason told, where
+/// this host cannot have one.
+pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<Partition> {
+    let lacking = match kvm::open() {
+        Ok(kvm) => kvm::lacking(&kvm, hyper_v).map(str::to_owned),
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(what) = lacking {
+        eprintln!("skipped with {hyper_v:?}: this host lacks {what}");
+        return None;
+    }
+    let memory = GuestMemory::new(4 << 20).unwrap();
+    let (top, middle, bottom, gdt) = (Gpa(0x2000), Gpa(0x3000), Gpa(0x4000), Gpa(0x1000));
+    memory.write_obj(top, &(middle.0 | 3)).unwrap();
+    memory.write_obj(middle, &(bottom.0 | 3)).unwrap();
+    memory.write_obj(bottom, &[0x83_u64, 2 << 20 | 0x83]).unwrap(); // 2 MiB at once
+    memory.write_obj(gdt, &[0_u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]).unwrap();
+    write_handlers(&memory);
+    memory.write(CODE, &code.0).unwrap();
+    let config = PartitionConfig { vps: 1, memory, hyper_v, synthetic_timers: timers };
+    let partition = Partition::new(&config).unwrap();
+    let state = BootState {
+        entry: CODE,
+        argument: 0,
+        stack: Gpa(0x1000 * 0xf0),
+        page_table: top,
+        gdt,
+        gdt_limit: 23,
+        code_selector: 8,
+        data_selector: 16,
+    };
+    partition.set_boot_state(&state).unwrap();
+    Some(partition)
+}
+
+/// What the test does when the guest reports a step.
+type OnStep = Box<dyn FnMut(u32) + Send>;
+
+/// The port by which a guest reports.
+struct Reports {
+    words: Arc<Mutex<Vec<u32>>>,
+    on_step: Mutex<OnStep>,
+    stop: StopHandle,
+}
+
+impl Device for Reports {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if offset == u64::from(END - REPORT) {
+            return self.stop.stop(StopReason::PowerOff);
+        }
+        let Ok(bytes) = data.try_into() else { return };
+        let word = u32::from_le_bytes(bytes);
+        if offset == u64::from(STEP - REPORT) {
+            (self.on_step.lock().unwrap())(word);
+        } else {
+            self.words.lock().unwrap().push(word);
+        }
+    }
+}
+
+/// The guest's messages.
+#[derive(Default)]
+pub struct Messages(pub Mutex<Vec<(u32, u32, Vec<u8>)>>);
+
+impl MessageSink for Messages {
+    fn post(&self, connection: ConnectionId, message_type: u32, payload: &[u8]) -> HvStatus {
+        if connection.get() == 0xbad {
+            return HvStatus::INVALID_CONNECTION_ID;
+        }
+        self.0.lock().unwrap().push((connection.get(), message_type, payload.to_vec()));
+        HvStatus::SUCCESS
+    }
+}
+
+/// Runs the guest to its end, and returns what it has reported. Its steps are `on_step`'s to do.
+pub fn run(
+    partition: &mut Partition,
+    messages: &Arc<Messages>,
+    on_step: impl FnMut(u32) + Send + 'static,
+) -> Vec<u64> {
+    let words = Arc::<Mutex<Vec<u32>>>::default();
+    let device = Reports {
+        words: Arc::clone(&words),
+        on_step: Mutex::new(Box::new(on_step)),
+        stop: partition.stop_handle(),
+    };
+    let mut ports = Bus::ports();
+    ports.add("reports", REPORT.into(), 0x20, Arc::new(device)).unwrap();
+    // A guest that never comes to its end fails its test by what it has not reported.
+    let stop = partition.stop_handle();
+    let (done, watch) = std::sync::mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        if watch.recv_timeout(std::time::Duration::from_secs(60)).is_err() {
+            stop.stop(StopReason::Stopped);
+        }
+    });
+    let sink: Arc<dyn MessageSink> = messages.clone();
+    let reason = partition.run(&Arc::new(ports), &Arc::new(Bus::mmio()), &sink);
+    let _ = done.send(());
+    watchdog.join().unwrap();
+    let words = words.lock().unwrap();
+    assert_eq!(reason, StopReason::PowerOff, "after {words:x?}");
+    words.chunks(2).map(|pair| u64::from(pair[0]) | u64::from(pair[1]) << 32).collect()
+}
