@@ -94,14 +94,20 @@ fn hyper_v() -> Finding {
     let Ok(kvm) = kvm::open() else {
         return Finding::lacking(Grade::Bad, subject, "unknown without KVM", "see KVM above");
     };
-    match kvm::lacking(&kvm, HyperV::Kernel) {
-        None => Finding::good(subject, "SynIC, hypercalls and doorbells in the kernel"),
-        Some(what) => Finding::lacking(
-            Grade::Bad,
+    let Some(what) = kvm::lacking(&kvm, HyperV::Kernel) else {
+        return Finding::good(subject, "SynIC, hypercalls and doorbells in the kernel");
+    };
+    let advice = "use a kernel with CONFIG_KVM_HYPERV=y, as distributions have";
+    match kvm::lacking(&kvm, HyperV::User) {
+        None => Finding::lacking(
+            Grade::Fair,
             subject,
-            format!("KVM lacks {what}"),
-            "use a kernel with CONFIG_KVM_HYPERV=y, as distributions have",
+            format!("served from user space, since KVM lacks {what}"),
+            advice,
         ),
+        Some(too) => {
+            Finding::lacking(Grade::Bad, subject, format!("KVM lacks {what} and {too}"), advice)
+        }
     }
 }
 

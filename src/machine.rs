@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use emulators::{Cmos, I8042, Nothing, PmBlock, ResetRegister, Uart};
-use hypervisor::kvm::{HyperV, KernelCounters, Partition, PartitionConfig};
+use hypervisor::kvm::{self, HyperV, KernelCounters, Partition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
 use hypervisor::{Bus, ExitCounters, GuestMemory, StopHandle, StopReason};
 
 use crate::boot::LinuxBoot;
+use crate::options::SynicOption;
 
 /// The address port of PCI's configuration space. Nothing is there yet, but kernels look.
 const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
@@ -28,6 +29,8 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Virtual processors.
     pub vps: u32,
+    /// Who serves its Hyper-V interface.
+    pub synic: SynicOption,
 }
 
 /// A machine, ready to run once. A restart is a new machine.
@@ -56,8 +59,17 @@ impl Machine {
         };
         let boot_state = boot.load(&memory)?;
 
-        let partition =
-            Partition::new(&PartitionConfig { vps: config.vps, memory, hyper_v: HyperV::Kernel })?;
+        let hyper_v = match config.synic {
+            SynicOption::Auto => kvm::preferred_hyper_v(&kvm::open()?),
+            SynicOption::Kernel => HyperV::Kernel,
+            SynicOption::User => HyperV::User,
+        };
+        let partition = Partition::new(&PartitionConfig {
+            vps: config.vps,
+            memory,
+            hyper_v,
+            synthetic_timers: false,
+        })?;
         partition.set_boot_state(&boot_state)?;
         let stop = partition.stop_handle();
 

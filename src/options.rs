@@ -1,4 +1,4 @@
-//! What the values of command-line options mean: sizes, disks, the serial port.
+//! What the values of command-line options mean: sizes, disks, the serial port, the SynIC.
 //!
 //! A list value such as `path=a.img,readonly=on` is `key=value` pairs parted by commas; a comma
 //! in a value is written twice. Every refusal says what was wrong and what would be right.
@@ -227,6 +227,34 @@ impl FromStr for SerialOption {
     }
 }
 
+/// Who serves the guest's Hyper-V interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SynicOption {
+    /// The kernel where it can, user space otherwise.
+    Auto,
+    /// The kernel.
+    Kernel,
+    /// User space.
+    User,
+}
+
+impl FromStr for SynicOption {
+    type Err = OptionError;
+
+    fn from_str(s: &str) -> Result<Self, OptionError> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "kernel" => Ok(Self::Kernel),
+            "user" => Ok(Self::User),
+            _ => Err(OptionError::Value {
+                key: "synic",
+                value: s.to_owned(),
+                allowed: "auto, kernel or user",
+            }),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -280,6 +308,14 @@ mod tests {
             "unknown key 'colour'; known are path, attach, controller, lun, readonly, direct, id"
         );
         assert_eq!(message(""), "'' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…");
+    }
+
+    #[test]
+    fn synics() {
+        assert_eq!("auto".parse(), Ok(SynicOption::Auto));
+        assert_eq!("user".parse(), Ok(SynicOption::User));
+        let refused = "split".parse::<SynicOption>().unwrap_err().to_string();
+        assert_eq!(refused, "synic=split is not possible; synic is auto, kernel or user");
     }
 
     #[test]

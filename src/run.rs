@@ -19,7 +19,7 @@ use vmbus_server::{Device, Host};
 use vsp::storvsp::ControllerBuilder;
 
 use crate::machine::{Machine, MachineConfig};
-use crate::options::{Attach, DiskOption, SerialOption, Size};
+use crate::options::{Attach, DiskOption, SerialOption, Size, SynicOption};
 use crate::statistics::Statistics;
 use crate::terminal::Console;
 
@@ -55,6 +55,10 @@ pub struct Run {
     /// Where the serial port leads: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOption,
+    /// Who serves the guest's Hyper-V interface: kernel, user (space), or auto: the kernel where its
+    /// KVM can
+    #[arg(long, value_name = "WHO", default_value = "auto")]
+    synic: SynicOption,
     /// Print what was counted when the guest has ended
     #[arg(long)]
     stats: bool,
@@ -89,6 +93,7 @@ impl Run {
             command_line: self.cmdline,
             memory,
             vps: self.cpus,
+            synic: self.synic,
         };
         let mut console = None;
         let mut serial_file = None;

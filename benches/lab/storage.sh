@@ -6,6 +6,9 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 rounds=${ROUNDS:-2}
+# Each is a run of its own: `partita` as it is, `user` with the Hyper-V interface from user space,
+# `qemu`.
+vmms=${VMMS:-partita qemu}
 work=/tmp/storage
 mkdir -p $work /lab/out
 cd $work
@@ -32,9 +35,10 @@ watch_console() {
 }
 
 partita_run() {
-    partita run --stats --kernel /lab/cloud/vmlinuz --initrd initrd --memory 768M --cpus 1 \
+    partita run "$@" --stats --kernel /lab/cloud/vmlinuz --initrd initrd --memory 768M --cpus 1 \
         --cmdline 'console=ttyS0 panic=-1 quiet' --disk path=disk.img </dev/null 2>partita.log
 }
+user_run() { partita_run --synic user; }
 qemu_run() {
     qemu-system-x86_64 -enable-kvm -cpu host -m 768 -smp 1 -nodefaults -display none -no-reboot \
         -kernel /lab/cloud/vmlinuz -initrd initrd -append 'console=ttyS0 panic=-1 quiet' -serial stdio \
@@ -43,7 +47,7 @@ qemu_run() {
 }
 
 for round in $(seq "$rounds"); do
-    for vmm in partita qemu; do
+    for vmm in $vmms; do
         faults=$(kvm pf_taken)
         ${vmm}_run | watch_console "$vmm" | tee -a results
         echo "$vmm page faults taken by KVM: $(($(kvm pf_taken) - faults))" | tee -a results

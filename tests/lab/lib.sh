@@ -14,6 +14,9 @@ fail() {
     exit 1
 }
 
+# PARTITA_OPTIONS are for every guest, such as '--synic user'.
+: "${PARTITA_OPTIONS:=}"
+
 # guest KERNEL SCRIPT [partita option]...: boots a guest that runs SCRIPT and powers off. Its
 # console goes to console.log and, as it comes, to the test's output.
 guest() {
@@ -22,7 +25,8 @@ guest() {
     with-script "$script" initrd
     {
         rc=0
-        partita run --kernel "/lab/$kernel/vmlinuz" --initrd initrd "$@" 2>partita.log </dev/null || rc=$?
+        # shellcheck disable=SC2086
+        partita run $PARTITA_OPTIONS --kernel "/lab/$kernel/vmlinuz" --initrd initrd "$@" 2>partita.log </dev/null || rc=$?
         echo "$rc" >rc
     } | tr -d '\r' | tee console.log
     cat partita.log >&2
