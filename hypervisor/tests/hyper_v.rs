@@ -40,6 +40,8 @@ conformance!(
     an_event_flag_interrupts,
     a_masked_sint_does_not_interrupt,
     reference_time_is_one,
+    time_is_the_same_at_cpl_3,
+    user_mode_is_interrupted,
     a_timer_raises_its_vector,
     a_timer_sends_its_message,
     a_periodic_timer_goes_on,
@@ -337,6 +339,79 @@ fn reference_time_is_one(hyper_v: HyperV) {
     if sequence == 0 {
         eprintln!("{hyper_v:?}: the host does not trust its time stamp counter");
     }
+}
+
+/// The register is read at CPL 0, the counter before and after that, the last time at CPL 3.
+fn time_is_the_same_at_cpl_3(hyper_v: HyperV) {
+    let code = Code::prologue().hyper_v().wrmsr(0x4000_0021, u64::from(TSC_PAGE) | 1);
+    let code = code.rdtsc().report().user_mode().rdtsc().report().end();
+    let Some(mut partition) = partition(hyper_v, false, &code) else { return };
+    let reports = run(&mut partition, &Arc::default(), |_| {});
+    assert!(reports[1] > reports[0], "{reports:?}");
+    assert!(reports[1] - reports[0] < 1 << 36, "{reports:?}");
+}
+
+/// Our hypercall page is two port accesses, which CPL 3 may be allowed.
+#[test]
+fn hypercalls_work_at_cpl_3() {
+    let code = Code::prologue()
+        .hyper_v()
+        .synic(VECTOR)
+        .store(DATA, 4)
+        .store(DATA + 8, 1)
+        .store(DATA + 12, 8)
+        .user_mode()
+        .hypercall(POST_MESSAGE, DATA.into())
+        .report()
+        .hypercall(FAST_SIGNAL, 0x2001)
+        .report()
+        .hypercall(FAST_SIGNAL, 0x2002)
+        .report()
+        .eax(0x2001)
+        .bytes(&[0xe7, hypervisor::DOORBELL_PORT as u8]) // out DOORBELL_PORT, eax
+        .report()
+        .eax(0x2002)
+        .bytes(&[0xe7, hypervisor::DOORBELL_PORT as u8])
+        .report()
+        .step(1)
+        .end();
+    let Some(mut partition) = partition(HyperV::User, false, &code) else { return };
+    let synic = partition.synic();
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    synic.bind(ConnectionId::new(0x2001), &event).unwrap();
+    let counters = partition.exit_counters();
+    let messages = Arc::<Messages>::default();
+    let reports = run(&mut partition, &messages, move |_| {
+        assert_eq!(synic.post(VpIndex(0), Sint::VMBUS, &message(b"")), Posted::Delivered);
+    });
+    assert_eq!(reports, [0, 0, 0x12, 0x2001, 0x2002 + 0x12]);
+    assert_eq!(messages.0.lock().unwrap().len(), 1);
+    assert_eq!(event.read().unwrap(), 2);
+    assert_eq!(counters[0].get(ExitKind::SignalEvent), 2, "the unbound");
+}
+
+/// An interrupt comes into CPL 3 as soon as it is raised; the guest turns in a circle that only its
+/// handler's count ends.
+fn user_mode_is_interrupted(hyper_v: HyperV) {
+    let code = Code::prologue()
+        .hyper_v()
+        .synic(VECTOR)
+        .user_mode()
+        .step(1)
+        .spin_for_interrupt(VECTOR, 1)
+        .step(1)
+        .spin_for_interrupt(VECTOR, 2)
+        .load(EVENT_PAGE + 0x200)
+        .report()
+        .end();
+    let Some(mut partition) = partition(hyper_v, false, &code) else { return };
+    let synic = partition.synic();
+    let mut flags = (3..).filter_map(EventFlag::new);
+    let reports = run(&mut partition, &Arc::default(), move |_| {
+        let flag = flags.next().unwrap();
+        assert!(synic.event_port(VpIndex(0), Sint::VMBUS, flag).unwrap().signal());
+    });
+    assert_eq!(reports, [3 << 3]);
 }
 
 /// Reads the time, adds to it and writes it to the first timer's COUNT.

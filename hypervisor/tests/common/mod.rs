@@ -15,6 +15,15 @@ const HANDLERS: Gpa = Gpa(0x18_0000);
 const IDT: Gpa = Gpa(0x5000);
 const IDT_POINTER: Gpa = Gpa(0x6000);
 
+const STACK: Gpa = Gpa(0xf_0000);
+const TSS: Gpa = Gpa(0x6800);
+const USER_STACK: Gpa = Gpa(0xe_0000);
+
+/// Selectors of the descriptor table.
+const USER_DATA: u8 = 0x18;
+const USER_CODE: u8 = 0x20;
+const TASK: u8 = 0x28;
+
 /// Faults counted here.
 const FAULTS: u32 = 0x7000;
 /// Interrupts counted here, four bytes for each vector.
@@ -123,25 +132,36 @@ impl Code {
             .bytes(&[0xff, 0xd0]) // call rax
     }
 
-    /// Waits until `dword [address]` is at least `value`, with interrupts on.
-    pub fn wait(self, address: u32, value: u32) -> Self {
-        let start = self.0.len();
-        let mut code = self
-            .bytes(&[0xfb]) // sti
-            .bytes(&[0xf3, 0x90]) // pause
-            .bytes(&[0xfa]) // cli
-            .bytes(&[0x81, 0x3c, 0x25])
-            .word(address)
-            .word(value) // cmp dword [address], value
-            .bytes(&[0x72]); // jb start
-        let back = start as i64 - (code.0.len() as i64 + 1);
-        code.0.push(i8::try_from(back).unwrap() as u8);
-        code
+    /// The distance of a short jump to `start`.
+    fn back_to(self, start: usize) -> Self {
+        let distance = start as i64 - (self.0.len() as i64 + 1);
+        self.bytes(&i8::try_from(distance).unwrap().to_le_bytes())
     }
 
-    /// Waits for the `count`th interrupt of `vector`.
+    /// `cmp dword [address], value`
+    fn compare(self, address: u32, value: u32) -> Self {
+        self.bytes(&[0x81, 0x3c, 0x25]).word(address).word(value)
+    }
+
+    /// Sleeps until the `count`th interrupt of `vector`. It need not be the next: between the
+    /// comparison and `hlt` none comes in.
     pub fn wait_interrupt(self, vector: u8, count: u32) -> Self {
-        self.wait(INTERRUPTS + u32::from(vector) * 4, count)
+        let start = self.0.len();
+        self.compare(INTERRUPTS + u32::from(vector) * 4, count)
+            .bytes(&[0x73, 0x05]) // jae done
+            .bytes(&[0xfb, 0xf4]) // sti; hlt
+            .bytes(&[0xfa]) // cli
+            .bytes(&[0xeb])
+            .back_to(start) // done:
+    }
+
+    /// Turns in a circle until the `count`th interrupt of `vector`, at CPL 3.
+    pub fn spin_for_interrupt(self, vector: u8, count: u32) -> Self {
+        let start = self.0.len();
+        self.bytes(&[0xf3, 0x90]) // pause
+            .compare(INTERRUPTS + u32::from(vector) * 4, count)
+            .bytes(&[0x72]) // jb start
+            .back_to(start)
     }
 
     /// Shows how many interrupts of `vector` there were.
@@ -160,8 +180,25 @@ impl Code {
         Self::default()
             .bytes(&[0x0f, 0x01, 0x1c, 0x25])
             .word(IDT_POINTER.0 as u32) // lidt
+            .eax(TASK.into())
+            .bytes(&[0x0f, 0x00, 0xd8]) // ltr ax
             .wrmsr(APIC_BASE, 0xfee0_0d00)
             .wrmsr(X2APIC_SPURIOUS, 0x1ff)
+    }
+
+    /// Goes on at CPL 3 with access to all ports and interrupts on, with what follows.
+    pub fn user_mode(self) -> Self {
+        // push SS; push RSP; push RFLAGS with IOPL 3; push CS; push RIP; iretq
+        let code = self
+            .bytes(&[0x6a, USER_DATA | 3])
+            .bytes(&[0x68])
+            .word(USER_STACK.0 as u32)
+            .bytes(&[0x68])
+            .word(0x3202)
+            .bytes(&[0x6a, USER_CODE | 3])
+            .bytes(&[0x68]);
+        let next = CODE.0 as u32 + code.0.len() as u32 + 6;
+        code.word(next).bytes(&[0x48, 0xcf])
     }
 
     /// Hyper-V's interface on: the guest's identity and the hypercall page.
@@ -222,10 +259,21 @@ pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<Partition
     }
     let memory = GuestMemory::new(4 << 20).unwrap();
     let (top, middle, bottom, gdt) = (Gpa(0x2000), Gpa(0x3000), Gpa(0x4000), Gpa(0x1000));
-    memory.write_obj(top, &(middle.0 | 3)).unwrap();
-    memory.write_obj(middle, &(bottom.0 | 3)).unwrap();
-    memory.write_obj(bottom, &[0x83_u64, 2 << 20 | 0x83]).unwrap(); // 2 MiB at once
-    memory.write_obj(gdt, &[0_u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]).unwrap();
+    memory.write_obj(top, &(middle.0 | 7)).unwrap();
+    memory.write_obj(middle, &(bottom.0 | 7)).unwrap();
+    memory.write_obj(bottom, &[0x87_u64, 2 << 20 | 0x87]).unwrap(); // 2 MiB at once
+    let task = 0x67 | (TSS.0 & 0xff_ffff) << 16 | 0x89 << 40;
+    let descriptors = [
+        0_u64,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+        task,
+        0,
+    ];
+    memory.write_obj(gdt, &descriptors).unwrap();
+    memory.write_obj(Gpa(TSS.0 + 4), &STACK.0).unwrap(); // RSP0
     write_handlers(&memory);
     memory.write(CODE, &code.0).unwrap();
     let config = PartitionConfig { vps: 1, memory, hyper_v, synthetic_timers: timers };
@@ -233,10 +281,10 @@ pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<Partition
     let state = BootState {
         entry: CODE,
         argument: 0,
-        stack: Gpa(0x1000 * 0xf0),
+        stack: STACK,
         page_table: top,
         gdt,
-        gdt_limit: 23,
+        gdt_limit: 55,
         code_selector: 8,
         data_selector: 16,
     };
