@@ -18,7 +18,8 @@ fail() {
 : "${PARTITA_OPTIONS:=}"
 
 # guest KERNEL SCRIPT [partita option]...: boots a guest that runs SCRIPT and powers off. Its
-# console goes to console.log and, as it comes, to the test's output.
+# console goes to console.log and, as it comes, to the test's output. It shows warnings and worse:
+# each byte costs two exits, and all of the boot's messages would cost as much as the boot itself.
 guest() {
     kernel=$1 script=$2
     shift 2
@@ -26,7 +27,8 @@ guest() {
     {
         rc=0
         # shellcheck disable=SC2086
-        partita run $PARTITA_OPTIONS --kernel "/lab/$kernel/vmlinuz" --initrd initrd "$@" 2>partita.log </dev/null || rc=$?
+        partita run $PARTITA_OPTIONS --kernel "/lab/$kernel/vmlinuz" --initrd initrd \
+            --cmdline 'console=ttyS0 panic=-1 loglevel=5' "$@" 2>partita.log </dev/null || rc=$?
         echo "$rc" >rc
     } | tr -d '\r' | tee console.log
     cat partita.log >&2

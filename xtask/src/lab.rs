@@ -18,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::thread::CpuSet;
 
 use crate::progress::{self, Step};
 use crate::workspace;
@@ -38,8 +39,9 @@ const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet tsc=reliable clocksourc
 
 /// L1's processor: all that TCG can emulate, without XSAVE and what builds on it. TCG does not
 /// intercept XSETBV, so KVM would not hear which states a guest enables and tell it a wrong size of
-/// its save area, at which Linux warns with a call trace.
-const PROCESSOR: &str = "max,xsave=off,pku=off";
+/// its save area, at which Linux warns with a call trace. Its family is Zen's: for that of the K8, which TCG
+/// would give it, Debian's full kernel looks for an AGP bridge on 256 buses of PCI.
+const PROCESSOR: &str = "max,family=23,model=1,xsave=off,pku=off";
 
 /// How many lines of L1's console an error shows.
 const TAIL: usize = 20;
@@ -60,6 +62,8 @@ pub(crate) struct LabOptions {
     pub(crate) timeout: Duration,
     /// The `partita` to take along; built here if there is none.
     pub(crate) partita: Option<PathBuf>,
+    /// Whether L1 may use all of the host's cores.
+    pub(crate) all_cores: bool,
     /// Whether to look for newer packages.
     pub(crate) refresh: bool,
     /// The command and its arguments.
@@ -76,6 +80,7 @@ impl Default for LabOptions {
             peers: false,
             timeout: Duration::from_secs(600),
             partita: None,
+            all_cores: false,
             refresh: false,
             command: Vec::new(),
         }
@@ -168,7 +173,8 @@ pub(crate) fn run_with(options: &LabOptions, sink: &mut Sink) -> Result<LabOutco
     }
 
     let folder = folder();
-    let _lock = lock(&folder)?;
+    let place = Place::take(&folder)?;
+    let lock = lock(&folder)?;
     let packages = Packages::ensure(&folder, options.refresh)?;
     let partita = match &options.partita {
         Some(path) => path.clone(),
@@ -185,15 +191,63 @@ pub(crate) fn run_with(options: &LabOptions, sink: &mut Sink) -> Result<LabOutco
     let command = shell_line(&options.command);
     stack.push(layers.call(&partita, &command, options.script.as_deref(), &options.files)?);
 
-    let run = folder.join("run");
-    let out_dir = folder.join("out");
-    empty_folder(&run)?;
-    empty_folder(&out_dir)?;
+    let Place { run, out: out_dir, core, .. } = &place;
+    empty_folder(run)?;
+    empty_folder(out_dir)?;
     concatenate(&stack, &run.join("initrd"))?;
-    let l1 = L1 { run, packages: &packages, options };
+    drop(lock);
+    let core = (!options.all_cores).then_some(*core);
+    let l1 = L1 { run: run.clone(), core, packages: &packages, options };
     let status = l1.live(sink)?;
-    l1.unpack_result(&out_dir)?;
-    Ok(LabOutcome { status, out_dir })
+    l1.unpack_result(out_dir)?;
+    Ok(LabOutcome { status, out_dir: out_dir.clone() })
+}
+
+/// How many calls can run at a time: one for each of the host's cores.
+pub(crate) fn places() -> usize {
+    cores().len()
+}
+
+/// The cores that this process may use, by their numbers.
+fn cores() -> Vec<usize> {
+    let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return vec![0] };
+    (0..CpuSet::MAX_CPU).filter(|&core| allowed.is_set(core)).collect()
+}
+
+/// Where one call runs: a core of the host, and folders of its own.
+struct Place {
+    core: usize,
+    run: PathBuf,
+    out: PathBuf,
+    lock: File,
+}
+
+impl Place {
+    /// Takes a free place, or waits for the first one.
+    fn take(folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("could not make the lab's folder {}", folder.display()))?;
+        let place = |(number, core): (usize, usize)| -> Result<Self> {
+            let suffix = if number == 0 { String::new() } else { format!("-{number}") };
+            Ok(Self {
+                core,
+                run: folder.join(format!("run{suffix}")),
+                out: folder.join(format!("out{suffix}")),
+                lock: File::create(folder.join(format!("run{suffix}.lock")))?,
+            })
+        };
+        let cores = cores();
+        for numbered in cores.iter().copied().enumerate() {
+            let place = place(numbered)?;
+            if place.lock.try_lock().is_ok() {
+                return Ok(place);
+            }
+        }
+        let _step = progress::step("lab: waiting for another call to end");
+        let first = place((0, cores.first().copied().unwrap_or(0)))?;
+        first.lock.lock().context("could not lock the lab's folder")?;
+        Ok(first)
+    }
 }
 
 /// The cloud kernel, and in the folder `into` the guest's initramfs with this script: what a guest needs outside L1.
@@ -243,6 +297,9 @@ pub(crate) fn shell_line(command: &[impl AsRef<str>]) -> String {
 /// One L1, from start to power-off.
 struct L1<'a> {
     run: PathBuf,
+    /// The only core of the host that it may use: TCG's emulation of SVM changes some of a processor's state
+    /// without a lock while other threads do too, and its L2 then goes on where L1 was, or nobody goes on at all.
+    core: Option<usize>,
     packages: &'a Packages,
     options: &'a LabOptions,
 }
@@ -305,7 +362,11 @@ impl L1<'_> {
         let emulator = sysroot.command("qemu-system-x86_64", "qemu-system-x86_64")?;
         // The emulator must not outlive us, however we end.
         let mut qemu = Command::new("setpriv");
-        qemu.args(["--pdeathsig", "KILL"]).arg(emulator.get_program()).args(emulator.get_args());
+        qemu.args(["--pdeathsig", "KILL"]);
+        if let Some(core) = self.core {
+            qemu.args(["taskset", "--cpu-list", &core.to_string()]);
+        }
+        qemu.arg(emulator.get_program()).args(emulator.get_args());
         qemu.env("QEMU_MODULE_DIR", sysroot.path("usr/lib/x86_64-linux-gnu/qemu"));
         for folder in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
             qemu.arg("-L").arg(sysroot.path(folder));
@@ -330,6 +391,10 @@ impl L1<'_> {
                 .arg(format!("file,id={port},path={}", path.display()))
                 .arg("-device")
                 .arg(format!("virtserialport,chardev={port},name={port}"));
+        }
+        // For looking into L1 from outside, such as `-monitor unix:/tmp/l1,server,nowait`.
+        if let Ok(more) = std::env::var("PARTITA_LAB_QEMU") {
+            qemu.args(more.split_whitespace());
         }
         qemu.stdin(Stdio::null())
             .stdout(Stdio::piped())

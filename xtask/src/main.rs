@@ -59,6 +59,10 @@ struct LabArgs {
     /// Have QEMU in L1 as well
     #[arg(long)]
     peers: bool,
+    /// Let L1 use all of the host's cores, for measurements; an emulated machine on more than one now and then
+    /// loses an interrupt
+    #[arg(long)]
+    all_cores: bool,
     /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
@@ -137,6 +141,7 @@ fn run(chore: Chore) -> Result<u8> {
                 peers: args.peers,
                 timeout: Duration::from_secs(args.timeout),
                 partita: args.partita,
+                all_cores: args.all_cores,
                 refresh: args.refresh,
                 command: args.command,
             })?;

@@ -3,8 +3,13 @@
 //! A test is `NAME.sh`; `NAME.guest.sh` beside it is what its guests run. It passes if it exits
 //! with 0.
 
+use std::collections::VecDeque;
+use std::fmt::{self, Write as _};
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -46,42 +51,79 @@ pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
         return Ok(());
     }
 
-    let files = vec![LabFile { source: folder, destination: "/lab/tests".to_owned() }];
-    let mut standstills = 0;
-    let mut left = tests.as_slice();
-    while let [test, rest @ ..] = left {
+    // Each L1 has a core of the host, so that several run side by side.
+    let round = Round {
+        folder,
+        left: Mutex::new(tests.into()),
+        standstills: AtomicU32::new(0),
+        tally: Mutex::new(tally),
+    };
+    thread::scope(|scope| {
+        for _ in 0..lab::places() {
+            scope.spawn(|| round.work());
+        }
+    });
+    Ok(())
+}
+
+/// What those who run the tests share.
+struct Round<'a> {
+    /// Where the tests are.
+    folder: PathBuf,
+    left: Mutex<VecDeque<String>>,
+    /// How often L1 stood still.
+    standstills: AtomicU32,
+    tally: Mutex<&'a mut Tally>,
+}
+
+impl Round<'_> {
+    /// Runs tests while there are any.
+    fn work(&self) {
+        loop {
+            let next = lock(&self.left).pop_front();
+            let Some(test) = next else { return };
+            while !self.ran(&test) {}
+        }
+    }
+
+    /// Runs one test; false if it is to be tried again.
+    fn ran(&self, test: &str) -> bool {
         let limit = LIMIT.to_string();
         let arguments = ["sh", "-c", RUNNER, "run-lab-tests", &limit, test];
+        let destination = "/lab/tests".to_owned();
         let options = LabOptions {
-            files: files.clone(),
+            files: vec![LabFile { source: self.folder.clone(), destination }],
             timeout: Duration::from_secs(LIMIT + GRACE),
             command: arguments.map(str::to_owned).to_vec(),
             ..LabOptions::default()
         };
-        let mut report = Report::new(tally);
+        let mut report = Report::new(&self.tally);
         let outcome = lab::run_with(&options, &mut |text| report.take(text));
         let Report { ended, under_way, .. } = report;
+        let fail = |what: &dyn fmt::Display| lock(&self.tally).fail(what);
         match outcome {
-            Ok(_) if ended.contains(test) => {}
-            Ok(_) => tally.fail(format_args!("the lab did not run {test}")),
+            Ok(_) if ended.iter().any(|name| name == test) => {}
+            Ok(_) => fail(&format_args!("the lab did not run {test}")),
             Err(error) => {
                 if let Some(test) = under_way {
                     test.show_end();
                 }
                 // L1 ends a test that takes too long by itself, and that test has failed. If even that
                 // did not happen, the emulated machine stands still, which is told and tried again.
-                if standstills < STANDSTILLS {
-                    standstills += 1;
+                if self.standstills.fetch_add(1, Ordering::Relaxed) < STANDSTILLS {
                     println!("{test}: L1 gave no answer, once more: {error:#}");
-                    continue;
+                    return false;
                 }
                 println!("FAILED {test}: {error:#}");
-                tally.fail(format_args!("lab test {test}: {}", first_line(&error)));
+                fail(&format_args!("lab test {test}: {}", first_line(&error)));
             }
         }
-        left = rest;
+        true
     }
-    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The names of the tests, in order.
@@ -119,26 +161,28 @@ impl UnderWay {
     fn show_end(&self) {
         let log = workspace::target_dir().join("lab").join(format!("{}.log", self.name));
         let lines: Vec<_> = self.output.lines().collect();
-        println!("{}", lines[lines.len().saturating_sub(TAIL)..].join("\n"));
-        match fs::write(&log, &self.output) {
-            Ok(()) => println!("(all of it: {})", log.display()),
-            Err(error) => println!("(could not keep the rest in {}: {error})", log.display()),
-        }
+        let mut text = lines[lines.len().saturating_sub(TAIL)..].join("\n");
+        let _ = match fs::write(&log, &self.output) {
+            Ok(()) => write!(text, "\n(all of it: {})", log.display()),
+            Err(error) => write!(text, "\n(could not keep the rest in {}: {error})", log.display()),
+        };
+        // Other tests write at the same time: one piece stays in one piece.
+        println!("{text}");
     }
 }
 
 /// Reads the runner's output as it comes: one line on our side for each test, and the end of what
 /// a test wrote if it failed.
-struct Report<'a> {
-    tally: &'a mut Tally,
+struct Report<'a, 'b> {
+    tally: &'a Mutex<&'b mut Tally>,
     /// The beginning of a line whose end has not come yet.
     partial: Vec<u8>,
     under_way: Option<UnderWay>,
     ended: Vec<String>,
 }
 
-impl<'a> Report<'a> {
-    fn new(tally: &'a mut Tally) -> Self {
+impl<'a, 'b> Report<'a, 'b> {
+    fn new(tally: &'a Mutex<&'b mut Tally>) -> Self {
         Self { tally, partial: Vec::new(), under_way: None, ended: Vec::new() }
     }
 
@@ -162,11 +206,11 @@ impl<'a> Report<'a> {
                 let took = test.began.elapsed().as_secs_f64();
                 if *status == "0" {
                     println!("ok     {name} ({took:.1} s)");
-                    self.tally.pass();
+                    lock(self.tally).pass();
                 } else {
                     test.show_end();
                     println!("FAILED {name} with status {status} ({took:.1} s)");
-                    self.tally.fail(format_args!("lab test {name}, with status {status}"));
+                    lock(self.tally).fail(format_args!("lab test {name}, with status {status}"));
                 }
                 self.ended.push((*name).to_owned());
                 self.under_way = None;
@@ -187,7 +231,8 @@ mod tests {
     #[test]
     fn a_report_counts_by_the_runners_lines_in_whatever_pieces_they_come() {
         let mut tally = Tally::default();
-        let mut report = Report::new(&mut tally);
+        let shared = Mutex::new(&mut tally);
+        let mut report = Report::new(&shared);
         for piece in [
             "@beg",
             "in 01-a\nhel",
