@@ -32,6 +32,7 @@ mod kernel;
 mod layers;
 mod packages;
 mod stand_ins;
+mod tsc;
 
 /// L1's kernel command line. KVM calls a guest's reference TSC page valid only where L1's own clock is the TSC, so
 /// L1 must trust the emulated one.
@@ -378,7 +379,7 @@ impl L1<'_> {
             .arg(kernel.image())
             .arg("-initrd")
             .arg(self.run.join("initrd"))
-            .args(["-append", COMMAND_LINE])
+            .args(["-append", &format!("{COMMAND_LINE} tsc_early_khz={}", tsc::khz())])
             .arg("-serial")
             .arg(format!("file:{}", self.run.join("console").display()))
             .args(["-device", "virtio-serial-pci"]);
