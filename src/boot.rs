@@ -1,5 +1,6 @@
-//! Starting Linux directly, without firmware: the kernel, its initrd and its parameters go into
-//! guest memory, with the tables that a BIOS would have left there.
+//! Starting a guest directly, without firmware: for Linux, the kernel, its initrd and its parameters
+//! go into guest memory, with the tables that a BIOS would have left there. The built-in guest needs
+//! less of the same.
 //!
 //! ```text
 //!     0x500  global descriptor table
@@ -13,7 +14,9 @@
 //! ```
 
 mod acpi;
+mod builtin;
 mod linux;
 mod long_mode;
 
+pub use builtin::BuiltinBoot;
 pub use linux::LinuxBoot;

@@ -8,9 +8,10 @@ use anyhow::Context;
 use emulators::{Cmos, I8042, Nothing, PmBlock, ResetRegister, Uart};
 use hypervisor::kvm::{self, HyperV, KernelCounters, Partition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
-use hypervisor::{Bus, ExitCounters, GuestMemory, StopHandle, StopReason};
+use hypervisor::{BootState, Bus, ExitCounters, GuestMemory, StopHandle, StopReason};
 
-use crate::boot::LinuxBoot;
+use crate::boot::{BuiltinBoot, LinuxBoot};
+use crate::builtin::ExitPort;
 use crate::options::SynicOption;
 
 /// The address port of PCI's configuration space. Nothing is there yet, but kernels look.
@@ -19,18 +20,44 @@ const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
 /// What a machine is to have.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
-    /// The kernel: bzImage or ELF.
-    pub kernel: PathBuf,
-    /// Its initrd.
-    pub initrd: Option<PathBuf>,
-    /// Its command line.
-    pub command_line: String,
+    /// What it runs.
+    pub guest: Guest,
     /// Bytes of RAM.
     pub memory: u64,
     /// Virtual processors.
     pub vps: u32,
     /// Who serves its Hyper-V interface.
     pub synic: SynicOption,
+}
+
+/// What a machine runs.
+#[derive(Clone, Debug)]
+pub enum Guest {
+    /// Linux.
+    Linux {
+        /// The kernel: bzImage or ELF.
+        kernel: PathBuf,
+        /// Its initrd.
+        initrd: Option<PathBuf>,
+        /// Its command line.
+        command_line: String,
+    },
+    /// The built-in guest.
+    Builtin {
+        /// What it shall do.
+        work: String,
+    },
+}
+
+impl Guest {
+    fn load(&self, memory: &GuestMemory, vps: u32) -> anyhow::Result<BootState> {
+        Ok(match self {
+            Self::Linux { kernel, initrd, command_line } => {
+                LinuxBoot { kernel, initrd: initrd.as_deref(), command_line, vps }.load(memory)?
+            }
+            Self::Builtin { work } => BuiltinBoot { command_line: work, vps }.load(memory)?,
+        })
+    }
 }
 
 /// A machine, ready to run once. A restart is a new machine.
@@ -40,6 +67,7 @@ pub struct Machine {
     mmio: Arc<Bus>,
     uart: Arc<Uart>,
     pm: Arc<PmBlock>,
+    exit: Option<Arc<ExitPort>>,
 }
 
 impl Machine {
@@ -51,13 +79,7 @@ impl Machine {
     ) -> anyhow::Result<Self> {
         let memory = GuestMemory::new(config.memory)?;
         tracing::debug!(?memory, "guest memory");
-        let boot = LinuxBoot {
-            kernel: &config.kernel,
-            initrd: config.initrd.as_deref(),
-            command_line: &config.command_line,
-            vps: config.vps,
-        };
-        let boot_state = boot.load(&memory)?;
+        let boot_state = config.guest.load(&memory, config.vps)?;
 
         let hyper_v = match config.synic {
             SynicOption::Auto => kvm::preferred_hyper_v(&kvm::open()?),
@@ -85,6 +107,12 @@ impl Machine {
         let reset = Arc::new(ResetRegister::new(stop.clone()));
         ports.add("reset register", ResetRegister::PORT.into(), 1, reset)?;
 
+        let exit = matches!(config.guest, Guest::Builtin { .. })
+            .then(|| Arc::new(ExitPort::new(stop.clone())));
+        if let Some(exit) = &exit {
+            ports.add("exit port", ExitPort::PORT.into(), 4, Arc::clone(exit) as _)?;
+        }
+
         let keyboard = Arc::new(I8042::new(stop));
         ports.add("i8042 data", I8042::DATA_PORT, 1, Arc::new(Nothing))?;
         ports.add("i8042 command", I8042::COMMAND_PORT, 1, keyboard)?;
@@ -96,7 +124,7 @@ impl Machine {
         }
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(Bus::mmio()));
-        Ok(Self { partition, ports, mmio, uart, pm })
+        Ok(Self { partition, ports, mmio, uart, pm, exit })
     }
 
     /// Its RAM.
@@ -122,6 +150,11 @@ impl Machine {
     /// The power button.
     pub fn pm(&self) -> Arc<PmBlock> {
         Arc::clone(&self.pm)
+    }
+
+    /// How the built-in guest says that it ended: 0 is well.
+    pub fn exit_status(&self) -> Option<u32> {
+        self.exit.as_ref()?.status()
     }
 
     /// What each processor counted, also while it runs.

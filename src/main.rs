@@ -5,6 +5,7 @@
 //! host. An error is one line, and ends the program with 1.
 
 mod boot;
+mod builtin;
 mod doctor;
 mod machine;
 mod options;

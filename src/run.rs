@@ -18,7 +18,7 @@ use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
 use vsp::storvsp::ControllerBuilder;
 
-use crate::machine::{Machine, MachineConfig};
+use crate::machine::{Guest, Machine, MachineConfig};
 use crate::options::{Attach, DiskOption, SerialOption, Size, SynicOption};
 use crate::statistics::Statistics;
 use crate::terminal::Console;
@@ -35,14 +35,17 @@ Disks take path=PATH and, separated by commas: attach=scsi, controller=0..3, lun
 readonly=on|off, direct=on|off, id=NAME. A comma in a value is written twice.")]
 pub struct Run {
     /// The kernel: a bzImage or an ELF vmlinux
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "builtin")]
+    kernel: Option<PathBuf>,
     /// The initial RAM file system
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
     /// The kernel's command line
     #[arg(long, value_name = "STRING", default_value = "console=ttyS0 panic=-1")]
     cmdline: String,
+    /// Instead of a kernel, the guest that partita carries: what it shall do
+    #[arg(long, value_name = "WORK", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    builtin: Option<String>,
     /// Memory, such as 512M or 4G
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     memory: Size,
@@ -87,14 +90,14 @@ impl Run {
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
         controllers(&disks, self.cpus)?;
-        let config = MachineConfig {
-            kernel: self.kernel,
-            initrd: self.initrd,
-            command_line: self.cmdline,
-            memory,
-            vps: self.cpus,
-            synic: self.synic,
+        let guest = match (self.builtin, self.kernel) {
+            (Some(work), _) => Guest::Builtin { work },
+            (None, Some(kernel)) => {
+                Guest::Linux { kernel, initrd: self.initrd, command_line: self.cmdline }
+            }
+            (None, None) => bail!("--kernel or --builtin is missing"),
         };
+        let config = MachineConfig { guest, memory, vps: self.cpus, synic: self.synic };
         let mut console = None;
         let mut serial_file = None;
         loop {
@@ -112,6 +115,7 @@ impl Run {
             let statistics = Arc::new(Statistics::new(&machine, host));
             console.attach(&machine, &statistics);
             let reason = machine.run(&sink);
+            let status = machine.exit_status();
             console.detach();
             if self.stats {
                 statistics.print();
@@ -120,7 +124,9 @@ impl Run {
             drop(statistics);
             drop(machine);
             match reason {
-                StopReason::PowerOff => return Ok(ExitCode::SUCCESS),
+                StopReason::PowerOff => {
+                    return Ok(ExitCode::from(status.unwrap_or(0).min(255) as u8));
+                }
                 StopReason::Reset | StopReason::TripleFault => {}
                 StopReason::Stopped => bail!("stopped before the guest powered off"),
                 StopReason::Error(what) => bail!(what),

@@ -1,0 +1,66 @@
+//! What the built-in guest is told when it starts, and the ports it knows.
+//!
+//! The VMM loads the image, an ELF file, where it wants to be, puts a [`BootParameters`] page
+//! somewhere below it and starts the first processor in long mode at the image's entry, with the
+//! page's address in rsi and the first 4 GiB mapped to themselves.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Where the image lies: 2 MiB. Below it is whatever the VMM needs for the start.
+pub const IMAGE_START: u64 = 0x20_0000;
+
+/// The serial port that the guest's lines go to, COM1's data register.
+pub const CONSOLE_PORT: u16 = 0x3f8;
+
+/// A 32-bit write here ends the guest with that status. Other VMMs have a device for tests at the
+/// same port.
+pub const EXIT_PORT: u16 = 0x501;
+
+/// The page of parameters.
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct BootParameters {
+    /// [`BootParameters::MAGIC`]
+    pub magic: u64,
+    /// RAM ends here, or the part of it below the hole does.
+    pub memory_end: u64,
+    /// Virtual processors.
+    pub vps: u32,
+    /// Bytes of `command_line` in use.
+    pub command_line_len: u32,
+    /// The work to be done, as [`crate::work`] reads it.
+    pub command_line: [u8; Self::COMMAND_LINE_ROOM],
+}
+
+const _: () = assert!(size_of::<BootParameters>() == 4096);
+
+impl BootParameters {
+    /// Marks the page, and the version of its layout in the last byte.
+    pub const MAGIC: u64 = u64::from_be_bytes(*b"Partita\x01");
+
+    /// Bytes that a command line may have.
+    pub const COMMAND_LINE_ROOM: usize = 4096 - 24;
+
+    /// The parameters for a guest with so much RAM; `None` if the command line is too long.
+    pub fn new(memory_end: u64, vps: u32, command_line: &str) -> Option<Self> {
+        let mut parameters = Self {
+            magic: Self::MAGIC,
+            memory_end,
+            vps,
+            command_line_len: u32::try_from(command_line.len()).ok()?,
+            command_line: [0; Self::COMMAND_LINE_ROOM],
+        };
+        let room = parameters.command_line.get_mut(..command_line.len())?;
+        room.copy_from_slice(command_line.as_bytes());
+        Some(parameters)
+    }
+
+    /// The command line, if this is such a page.
+    pub fn command_line(&self) -> Option<&str> {
+        if self.magic != Self::MAGIC {
+            return None;
+        }
+        let len = usize::try_from(self.command_line_len).ok()?;
+        str::from_utf8(self.command_line.get(..len)?).ok()
+    }
+}

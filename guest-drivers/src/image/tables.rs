@@ -1,0 +1,81 @@
+//! What the processor looks up when it is interrupted: gates, and stacks in the task state. It
+//! knows where they are from the start; they are filled at CPL 3, before anything can need them.
+
+#![allow(unsafe_code)] // Memory that the processor reads, and addresses of what assembly defines.
+
+use core::arch::asm;
+use core::cell::UnsafeCell;
+
+use super::supervisor::{CODE0, SINT_VECTOR, SPURIOUS_VECTOR};
+
+/// Gates: the exceptions, and vectors up to the spurious interrupt's.
+pub(super) const GATES: usize = SPURIOUS_VECTOR as usize + 1;
+
+/// The breakpoint exception, by which CPL 3 calls CPL 0.
+const CALL_VECTOR: u64 = 3;
+/// Bytes of code for an exception.
+const EXCEPTION_CODE: u64 = 16;
+
+#[repr(C, align(16))]
+pub(super) struct Gates(UnsafeCell<[[u64; 2]; GATES]>);
+
+// SAFETY: only `fill` refers to them, once; the processor reads.
+unsafe impl Sync for Gates {}
+
+pub(super) static IDT: Gates = Gates(UnsafeCell::new([[0; 2]; GATES]));
+
+macro_rules! symbol {
+    ($name:literal) => {{
+        let address: u64;
+        // SAFETY: takes an address and touches nothing.
+        unsafe {
+            asm!(concat!("lea {}, [rip + ", $name, "]"), out(reg) address,
+                options(nomem, nostack, preserves_flags));
+        }
+        address
+    }};
+}
+
+/// Fills the tables; to be called once, first of all.
+pub(crate) fn fill() {
+    // The task state (SDM volume 3, 8.7, "Task management in 64-bit mode"): RSP0 at 4, the stack of
+    // calls; IST1 at 36, that of exceptions and interrupts, which may come while a call halts.
+    let task_state = symbol!("task_state") as *mut u8;
+    for (offset, value) in
+        [(4, symbol!("supervisor_stack_end")), (36, symbol!("interrupt_stack_end"))]
+    {
+        // SAFETY: in the 104 bytes that are set aside for it.
+        let field = unsafe { task_state.add(offset) };
+        // SAFETY: as above; nobody else is there.
+        unsafe { field.cast::<u64>().write_unaligned(value) };
+    }
+    let map = 104_u16; // the I/O permission map would begin behind the end: there is none
+    // SAFETY: in the 104 bytes.
+    let field = unsafe { task_state.add(102) };
+    // SAFETY: as above.
+    unsafe { field.cast::<u16>().write_unaligned(map) };
+
+    let exceptions = symbol!("supervisor_exceptions");
+    // SAFETY: this is the only reference ever, and the processor looks there when it must.
+    let gates = unsafe { &mut *IDT.0.get() };
+    for (vector, place) in (0..).zip(gates) {
+        *place = match vector {
+            CALL_VECTOR => gate(symbol!("supervisor_call"), 3, 0),
+            0..32 => gate(exceptions + vector * EXCEPTION_CODE, 0, 1),
+            _ if vector == u64::from(SINT_VECTOR) => gate(symbol!("supervisor_interrupt"), 0, 1),
+            _ => gate(symbol!("supervisor_spurious"), 0, 1),
+        };
+    }
+}
+
+/// An interrupt gate to `address` at CPL 0, for software of privilege `dpl`, on interrupt stack
+/// `ist` or, if that is 0, RSP0.
+fn gate(address: u64, dpl: u64, ist: u64) -> [u64; 2] {
+    let low = address & 0xffff
+        | u64::from(CODE0) << 16
+        | ist << 32
+        | 0x8e << 40
+        | dpl << 45
+        | (address >> 16 & 0xffff) << 48;
+    [low, address >> 32]
+}

@@ -1,0 +1,19 @@
+//! The built-in guest: a little program that has no operating system under it, finds the disks of
+//! the machine it runs in, and works on them. No std, no allocation.
+//!
+//! - [`platform`] is all that it needs from the world. The image's platform is a bare processor
+//!   under a hypervisor; a test's is a thread with the other end of the bus in the same process.
+//! - [`block`] is what a driver of disks is; [`storvsc`] is the one for synthetic SCSI.
+//! - [`work`] reads from the command line what is to be done, [`runner`] does it, and says what
+//!   came out in one line of JSON each.
+//! - [`boot`] is what a VMM and the image have agreed on.
+//!
+//! The image itself is the program `builtin-guest` of this crate, which only the build script of
+//! the workspace's root package builds: it is carried in `partita`.
+
+#![no_std]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod boot;
