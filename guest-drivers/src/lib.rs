@@ -3,9 +3,10 @@
 //!
 //! - [`platform`] is all that it needs from the world. The image's platform is a bare processor
 //!   under a hypervisor; a test's is a thread with the other end of the bus in the same process.
-//! - [`block`] is what a driver of disks is; [`storvsc`] is the one for synthetic SCSI.
-//! - [`work`] reads from the command line what is to be done, [`runner`] does it, and says what
-//!   came out in one line of JSON each.
+//! - [`bus`] brings the VMBus up and opens channels.
+//! - [`block`] is what a driver of a disk is; [`storvsc`] is the one for synthetic SCSI.
+//! - [`work`] reads from the command line what is to be done; [`runner`] does it, and says what
+//!   came out of each in one line of JSON.
 //! - [`boot`] is what a VMM and the image have agreed on.
 //!
 //! The image itself is the program `builtin-guest` of this crate, which only the build script of
@@ -16,4 +17,12 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod block;
 pub mod boot;
+pub mod bus;
+pub mod json;
+pub mod memory;
+pub mod platform;
+pub mod runner;
+pub mod storvsc;
+pub mod work;

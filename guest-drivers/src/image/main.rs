@@ -9,31 +9,55 @@
 
 mod builtins;
 mod console;
+mod machine;
 mod supervisor;
 mod tables;
 
+use core::fmt::Display;
 use core::panic::PanicInfo;
 
 use guest_drivers::boot::BootParameters;
+use guest_drivers::json::Object;
+use guest_drivers::runner;
+
+use machine::Machine;
+
+/// Statuses that the image ends with besides those of the [`runner`].
+mod status {
+    /// The boot parameters or the hypervisor are not what the image expects.
+    pub(super) const NO_MACHINE: u32 = 100;
+    pub(super) const PANIC: u32 = 101;
+    pub(super) const EXCEPTION: u32 = 102;
+}
 
 /// The first Rust code, at CPL 3 on a stack of its own.
 extern "sysv64" fn main(parameters: &'static BootParameters) -> ! {
     tables::fill();
-    console::line(format_args!("built-in guest: {:?}", parameters.command_line()));
-    supervisor::exit(0)
+    let Some(work) = parameters.command_line() else {
+        fail(status::NO_MACHINE, "the boot parameters are not what this image expects");
+    };
+    match Machine::new(parameters.memory_end) {
+        Ok(machine) => supervisor::exit(runner::run(&machine, work)),
+        Err(what) => fail(status::NO_MACHINE, what),
+    }
+}
+
+fn fail(status: u32, what: impl Display) -> ! {
+    let mut object = Object::default().string("error", what);
+    console::line(format_args!("{}", object.line()));
+    supervisor::exit(status)
 }
 
 /// An exception that nobody expected, at CPL 3 again.
 extern "sysv64" fn fault(vector: u64, error: u64, rip: u64, address: u64) -> ! {
-    console::line(format_args!(
-        "{{\"error\":\"exception {vector} (error code {error:#x}) at {rip:#x}, cr2 {address:#x}\"}}"
-    ));
-    supervisor::exit(102)
+    let what = format_args!(
+        "the guest broke down: exception {vector}, error code {error:#x}, at {rip:#x}, cr2 {address:#x}"
+    );
+    fail(status::EXCEPTION, what)
 }
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     let (file, line) = info.location().map_or(("?", 0), |place| (place.file(), place.line()));
-    console::line(format_args!("{{\"error\":\"panic at {file}:{line}\"}}"));
-    supervisor::exit(101)
+    fail(status::PANIC, format_args!("the guest panicked at {file}:{line}"))
 }

@@ -216,6 +216,12 @@ page_directories:
     .globl hypercall_page
 hypercall_page:
     .skip 4096
+    .globl message_page
+message_page:
+    .skip 4096
+    .globl event_page
+event_page:
+    .skip 4096
     .skip {stack}
 user_stack_end:
     .skip {small_stack}

@@ -3,7 +3,6 @@
 
 #![allow(unsafe_code)] // Memory that the processor reads, and addresses of what assembly defines.
 
-use core::arch::asm;
 use core::cell::UnsafeCell;
 
 use super::supervisor::{CODE0, SINT_VECTOR, SPURIOUS_VECTOR};
@@ -24,17 +23,19 @@ unsafe impl Sync for Gates {}
 
 pub(super) static IDT: Gates = Gates(UnsafeCell::new([[0; 2]; GATES]));
 
+/// The address of something that assembly or the linker defines.
 macro_rules! symbol {
     ($name:literal) => {{
         let address: u64;
         // SAFETY: takes an address and touches nothing.
         unsafe {
-            asm!(concat!("lea {}, [rip + ", $name, "]"), out(reg) address,
+            core::arch::asm!(concat!("lea {}, [rip + ", $name, "]"), out(reg) address,
                 options(nomem, nostack, preserves_flags));
         }
         address
     }};
 }
+pub(crate) use symbol;
 
 /// Fills the tables; to be called once, first of all.
 pub(crate) fn fill() {

@@ -1,0 +1,153 @@
+//! The VMBus, from the guest's side: brought up, its offers gathered, channels opened.
+//!
+//! [`vmbus::client`] knows the protocol; here is who waits for its answers.
+
+use thiserror::Error;
+use vmbus::Guid;
+use vmbus::client::{Client, ConnectionError, Contact, Event, RequestError};
+use vmbus::mapped::SingleMapped;
+use vmbus::protocol::{OfferChannel, Relid, USER_DATA, Version};
+use vmbus::ring::{Incoming, Outgoing, RingError};
+use vsc::{Channel, Signal};
+
+use crate::memory::Pages;
+use crate::platform::{Calls, Platform};
+
+/// How long the root may take for an answer.
+const PATIENCE: u64 = 10_000_000_000;
+/// For so long the guest looks for a message before it sleeps.
+const SPIN: u64 = 20_000;
+
+/// A channel of ours.
+pub type OpenChannel<'w, P> = Channel<SingleMapped<'w>, Signal<Calls<'w, P>>>;
+
+/// Why something on the bus did not come to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BusError {
+    /// The root does not keep to the protocol.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    /// What we asked was not possible.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// No answer.
+    #[error("the root does not answer")]
+    TimedOut,
+    /// The root refuses a ring's pages.
+    #[error("the root refused the pages of a ring with status {0:#x}")]
+    GpadlRefused(u32),
+    /// The root refuses a channel.
+    #[error("the root refused to open channel {relid} with status {status:#x}")]
+    OpenRefused {
+        /// The channel.
+        relid: Relid,
+        /// Its reason.
+        status: u32,
+    },
+    /// It went away meanwhile.
+    #[error("the root withdrew channel {0}")]
+    Rescinded(Relid),
+    /// The memory for a ring has no usable size.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// Too little memory for a ring.
+    #[error("there is no memory for a ring")]
+    Memory,
+}
+
+/// The bus of a guest.
+pub struct Bus<'w, P> {
+    platform: &'w P,
+    client: Client<16, 16>,
+}
+
+impl<'w, P: Platform> Bus<'w, P> {
+    /// Says hello and gathers all offers.
+    pub fn connect(platform: &'w P) -> Result<Self, BusError> {
+        let mut bus = Self { platform, client: Client::new(Contact::DEFAULT) };
+        bus.client.connect(&mut Calls(platform))?;
+        while bus.next_event()? != Event::AllOffered {}
+        Ok(bus)
+    }
+
+    /// The version agreed upon.
+    pub fn version(&self) -> Option<Version> {
+        self.client.version()
+    }
+
+    /// What is offered, sub-channels left out.
+    pub fn offers(&self) -> impl Iterator<Item = &OfferChannel> {
+        self.client.offers().filter(|offer| offer.subchannel == 0)
+    }
+
+    /// The devices of a class, by the numbers of their channels.
+    pub fn devices(&self, class: Guid) -> impl Iterator<Item = Relid> {
+        self.offers().filter(move |offer| offer.class == class).map(|offer| offer.relid)
+    }
+
+    /// Opens channel `relid` with rings in `pages`, half for each direction.
+    pub fn open(&mut self, relid: Relid, pages: Pages<'w>) -> Result<OpenChannel<'w, P>, BusError> {
+        let platform = self.platform;
+        let half = pages.count() / 2;
+        let (outgoing, incoming) = pages.split(half).ok_or(BusError::Memory)?;
+        let outgoing = Outgoing::new(outgoing.ring().ok_or(BusError::Memory)?)?;
+        let incoming = Incoming::new(incoming.ring().ok_or(BusError::Memory)?)?;
+        let offer = self.client.offer(relid).ok_or(BusError::Rescinded(relid))?;
+        let doorbell = Signal { hypercalls: Calls(platform), connection: offer.connection };
+
+        let gpadl = self.client.create_gpadl(&mut Calls(platform), relid, pages.numbers())?;
+        loop {
+            match self.next_event()? {
+                Event::GpadlCreated(id) if id == gpadl => break,
+                Event::GpadlRefused { status, .. } => return Err(BusError::GpadlRefused(status)),
+                Event::Rescinded(gone) if gone == relid => return Err(BusError::Rescinded(relid)),
+                _ => {}
+            }
+        }
+        let downstream = u32::try_from(half).map_err(|_| BusError::Memory)?;
+        let no_data = &[0; USER_DATA];
+        self.client.open(&mut Calls(platform), relid, gpadl, downstream, 0, no_data)?;
+        loop {
+            match self.next_event()? {
+                Event::Opened(opened) if opened == relid => break,
+                Event::OpenRefused { relid, status } => {
+                    return Err(BusError::OpenRefused { relid, status });
+                }
+                Event::Rescinded(gone) if gone == relid => return Err(BusError::Rescinded(relid)),
+                _ => {}
+            }
+        }
+        Ok(Channel::new(incoming, outgoing, doorbell))
+    }
+
+    /// Takes leave of the root; all memory is the guest's again after that.
+    pub fn unload(mut self) -> Result<(), BusError> {
+        self.client.unload(&mut Calls(self.platform))?;
+        while self.next_event()? != Event::Unloaded {}
+        Ok(())
+    }
+
+    /// The next thing that the root has to say.
+    fn next_event(&mut self) -> Result<Event, BusError> {
+        let started = self.platform.now();
+        let mut spin_until = started.saturating_add(SPIN);
+        loop {
+            while let Some(message) = self.platform.take_message() {
+                let bus = &mut Calls(self.platform);
+                if let Some(event) = self.client.message(bus, message.payload())? {
+                    return Ok(event);
+                }
+            }
+            let now = self.platform.now();
+            if now.saturating_sub(started) > PATIENCE {
+                return Err(BusError::TimedOut);
+            }
+            if now < spin_until {
+                core::hint::spin_loop();
+            } else {
+                self.platform.idle();
+                spin_until = self.platform.now().saturating_add(SPIN);
+            }
+        }
+    }
+}

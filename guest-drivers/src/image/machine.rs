@@ -1,0 +1,209 @@
+//! The platform of a bare processor under a hypervisor with Hyper-V's interface.
+
+#![allow(unsafe_code)] // Pages that are shared with the hypervisor.
+
+use core::arch::asm;
+use core::cell::Cell;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+use guest_drivers::memory::{PAGE, Pages};
+use guest_drivers::platform::{Message, Platform, PlatformCounters};
+use vmbus::client::HvStatus;
+
+use super::console;
+use super::supervisor::{self, SINT_VECTOR};
+use super::tables::symbol;
+
+/// Synthetic registers (TLFS, "Synthetic MSRs").
+mod msr {
+    pub(super) const GUEST_OS_ID: u32 = 0x4000_0000;
+    pub(super) const HYPERCALL: u32 = 0x4000_0001;
+    pub(super) const TSC_FREQUENCY: u32 = 0x4000_0022;
+    pub(super) const SCONTROL: u32 = 0x4000_0080;
+    pub(super) const SIEFP: u32 = 0x4000_0082;
+    pub(super) const SIMP: u32 = 0x4000_0083;
+    pub(super) const EOM: u32 = 0x4000_0084;
+    pub(super) const SINT0: u32 = 0x4000_0090;
+}
+
+/// An open-source system (bit 63) of a kind that has no number.
+const GUEST_OS_ID: u64 = 1 << 63 | 0x7f << 56;
+
+/// The SINT of the VMBus.
+const SINT: u32 = 2;
+/// Bytes of a message slot, and of a SINT's event flags.
+const SLOT: usize = 256;
+
+const POST_MESSAGE: u64 = 0x5c;
+const SIGNAL_EVENT_FAST: u64 = 0x5d | 1 << 16;
+
+/// The input of *post message*.
+#[repr(C, align(256))]
+struct PostMessage {
+    connection: u32,
+    reserved: u32,
+    message_type: u32,
+    size: u32,
+    payload: [u8; Message::ROOM],
+}
+
+/// The processor, and what it shares with the hypervisor.
+pub(crate) struct Machine {
+    memory: Pages<'static>,
+    messages: NonNull<u8>,
+    events: NonNull<u8>,
+    interrupts: NonNull<AtomicU64>,
+    halts: Cell<u64>,
+    /// The clock's reading at the start, and its nanoseconds per tick as a fraction of 2^32.
+    start: u64,
+    scale: u64,
+}
+
+impl Machine {
+    /// Switches on what the hypervisor offers. `memory_end` is where RAM ends. To be called once.
+    pub(crate) fn new(memory_end: u64) -> Result<Self, &'static str> {
+        let [b, c, d] = supervisor::cpuid(0x4000_0000);
+        if [b, c, d].map(u32::to_le_bytes).as_flattened() != b"Microsoft Hv" {
+            return Err("the hypervisor has no Hyper-V interface");
+        }
+        let frequency = supervisor::read_msr(msr::TSC_FREQUENCY);
+        if !(1_000_000..1 << 40).contains(&frequency) {
+            return Err("the hypervisor does not say how fast the time stamp counter is");
+        }
+        let (hypercalls, messages) = (symbol!("hypercall_page"), symbol!("message_page"));
+        let (events, interrupts) = (symbol!("event_page"), symbol!("interrupts"));
+        for (index, value) in [
+            (msr::GUEST_OS_ID, GUEST_OS_ID),
+            (msr::HYPERCALL, hypercalls | 1),
+            (msr::SIMP, messages | 1),
+            (msr::SIEFP, events | 1),
+            (msr::SCONTROL, 1),
+            (msr::SINT0 + SINT, SINT_VECTOR.into()),
+        ] {
+            // SAFETY: the pages are there for just that.
+            unsafe { supervisor::write_msr(index, value) };
+        }
+
+        let start = symbol!("image_end");
+        let pages = memory_end.saturating_sub(start) as usize / PAGE;
+        let pointer =
+            |address: u64| NonNull::new(address as *mut u8).ok_or("the image lies at address 0");
+        // SAFETY: behind the image there is RAM up to its end, mapped where it is, which nothing
+        // else uses; this is called once.
+        let memory = unsafe { Pages::new(pointer(start)?, start / PAGE as u64, pages) };
+        Ok(Self {
+            memory,
+            messages: pointer(messages)?,
+            events: pointer(events)?,
+            interrupts: pointer(interrupts)?.cast(),
+            halts: Cell::new(0),
+            start: time_stamp(),
+            scale: (1_000_000_000 << 32) / frequency,
+        })
+    }
+
+    /// A word of a page that the hypervisor writes to.
+    fn word(page: NonNull<u8>, offset: usize) -> &'static AtomicU32 {
+        debug_assert!(offset < PAGE && offset.is_multiple_of(4));
+        // SAFETY: in the page, which is static; all who look at it here do so by atomics.
+        unsafe { page.add(offset).cast().as_ref() }
+    }
+}
+
+impl Platform for Machine {
+    fn memory(&self) -> Pages<'_> {
+        self.memory
+    }
+
+    fn post_message(&self, connection: u32, message_type: u32, payload: &[u8]) -> HvStatus {
+        let mut input = PostMessage {
+            connection,
+            reserved: 0,
+            message_type,
+            size: payload.len().min(Message::ROOM) as u32,
+            payload: [0; Message::ROOM],
+        };
+        for (to, from) in input.payload.iter_mut().zip(payload) {
+            *to = *from;
+        }
+        let address = core::ptr::from_mut(&mut input).expose_provenance() as u64;
+        // SAFETY: addresses are physical ones here, and the input lies in one page, being aligned
+        // to its size.
+        HvStatus(unsafe { supervisor::hypercall(POST_MESSAGE, address) } as u16)
+    }
+
+    fn signal_event(&self, connection: u32) {
+        // The ring may have been written just now.
+        fence(Ordering::SeqCst);
+        // SAFETY: a fast call: the input is the connection, with flag number 0.
+        unsafe { supervisor::hypercall(SIGNAL_EVENT_FAST, connection.into()) };
+    }
+
+    fn take_message(&self) -> Option<Message> {
+        const PENDING: u32 = 1 << 8; // bit 0 of the flags, which follow the payload's size
+
+        let slot = SINT as usize * SLOT;
+        let kind = Self::word(self.messages, slot);
+        let message_type = kind.load(Ordering::Acquire);
+        if message_type == 0 {
+            return None;
+        }
+        let size_and_flags = Self::word(self.messages, slot + 4);
+        let size = (size_and_flags.load(Ordering::Relaxed) & 0xff) as usize;
+        let mut payload = [0; Message::ROOM];
+        for (at, bytes) in payload.chunks_exact_mut(4).enumerate() {
+            let word = Self::word(self.messages, slot + 16 + 4 * at).load(Ordering::Relaxed);
+            for (to, from) in bytes.iter_mut().zip(word.to_le_bytes()) {
+                *to = from;
+            }
+        }
+        kind.store(0, Ordering::Release);
+        // The flag is looked at after the slot is free, or a message that came in between waits.
+        fence(Ordering::SeqCst);
+        if size_and_flags.load(Ordering::Relaxed) & PENDING != 0 {
+            // SAFETY: writes to no memory of ours but the slot.
+            unsafe { supervisor::write_msr(msr::EOM, 0) };
+        }
+        Some(Message::new(message_type, payload.get(..size).unwrap_or(&payload)))
+    }
+
+    fn take_event(&self, flag: u32) -> bool {
+        let offset = SINT as usize * SLOT + flag as usize / 32 * 4;
+        if flag as usize >= SLOT * 8 {
+            return false;
+        }
+        let bit = 1 << (flag % 32);
+        let word = Self::word(self.events, offset);
+        word.load(Ordering::Relaxed) & bit != 0 && word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+    }
+
+    fn idle(&self) {
+        self.halts.set(self.halts.get() + 1);
+        supervisor::idle();
+    }
+
+    fn now(&self) -> u64 {
+        let ticks = time_stamp().saturating_sub(self.start);
+        ((u128::from(ticks) * u128::from(self.scale)) >> 32) as u64
+    }
+
+    fn line(&self, text: &str) {
+        console::line(format_args!("{text}"));
+    }
+
+    fn counters(&self) -> PlatformCounters {
+        // SAFETY: it is static, and what counts there is the processor itself.
+        let interrupts = unsafe { self.interrupts.as_ref() };
+        PlatformCounters { halts: self.halts.get(), interrupts: interrupts.load(Ordering::Relaxed) }
+    }
+}
+
+fn time_stamp() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: reads a counter.
+    unsafe {
+        asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}

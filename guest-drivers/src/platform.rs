@@ -1,0 +1,107 @@
+//! All that the guest needs from the world.
+
+use vmbus::client::{HvStatus, Hypercalls};
+
+use crate::memory::Pages;
+
+/// A message of the root, copied out of its slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Message {
+    /// `HV_MESSAGE_TYPE`; 1 is the VMBus's.
+    pub message_type: u32,
+    len: usize,
+    payload: [u8; Self::ROOM],
+}
+
+impl Message {
+    /// Bytes of payload that a slot has room for.
+    pub const ROOM: usize = 240;
+
+    /// A message; what of `payload` does not fit is cut off.
+    pub fn new(message_type: u32, payload: &[u8]) -> Self {
+        let mut message =
+            Self { message_type, len: payload.len().min(Self::ROOM), payload: [0; Self::ROOM] };
+        for (to, from) in message.payload.iter_mut().zip(payload) {
+            *to = *from;
+        }
+        message
+    }
+
+    /// What it says.
+    pub fn payload(&self) -> &[u8] {
+        self.payload.get(..self.len).unwrap_or_default()
+    }
+}
+
+/// What a platform has counted since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PlatformCounters {
+    /// How often the processor was put to sleep.
+    pub halts: u64,
+    /// How often it was interrupted.
+    pub interrupts: u64,
+}
+
+/// The world of one guest with one processor.
+///
+/// Everything works through a shared reference: several drivers have one each.
+pub trait Platform {
+    /// The memory that the guest may share with the root. It is one run of pages, always the same;
+    /// whoever asks first parts it.
+    fn memory(&self) -> Pages<'_>;
+
+    /// The hypercall *post message*: `payload`, at most 240 bytes, to `connection`.
+    fn post_message(&self, connection: u32, message_type: u32, payload: &[u8]) -> HvStatus;
+
+    /// The hypercall *signal event*, on a connection that the root has offered.
+    fn signal_event(&self, connection: u32);
+
+    /// Takes the message out of the VMBus's slot if there is one, and tells the hypervisor if
+    /// another waits for the slot.
+    fn take_message(&self) -> Option<Message>;
+
+    /// Whether event flag `flag` of the VMBus's SINT is set; it is not any more.
+    fn take_event(&self, flag: u32) -> bool;
+
+    /// Sleeps until there is a message or an event. Returns at once if one came since the last
+    /// time, and may return without cause.
+    fn idle(&self);
+
+    /// Nanoseconds since some moment; never fewer than before.
+    fn now(&self) -> u64;
+
+    /// Writes a line, which has no newline in it, to the console.
+    fn line(&self, text: &str);
+
+    /// What has been counted.
+    fn counters(&self) -> PlatformCounters;
+}
+
+/// A platform's hypercalls, for the clients that want them by themselves.
+#[derive(Debug)]
+pub struct Calls<'p, P: ?Sized>(pub &'p P);
+
+impl<P: ?Sized> Clone for Calls<'_, P> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<P: ?Sized> Copy for Calls<'_, P> {}
+
+impl<P: Platform + ?Sized> Hypercalls for Calls<'_, P> {
+    fn post_message(&mut self, connection: u32, message_type: u32, payload: &[u8]) -> HvStatus {
+        self.0.post_message(connection, message_type, payload)
+    }
+
+    fn signal_event(&mut self, connection: u32) {
+        self.0.signal_event(connection);
+    }
+
+    fn pause(&mut self, attempt: u32) {
+        let until = self.0.now().saturating_add(u64::from(attempt.min(10)) * 100_000);
+        while self.0.now() < until {
+            core::hint::spin_loop();
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Does the work, and says what came out: each result is an object of JSON in a line of its own.
+//!
+//! ```text
+//! {"event":"connected","bus":"vmbus","version":"5.3","offers":1}
+//! {"event":"opened","channel":1,"driver":"storvsc","controller":0,"disks":1}
+//! {"begin":"verify disk=0"}
+//! {"result":"verify","disk":0,"bytes":16777216, … }
+//! ```
+//!
+//! What goes wrong is a line with `error` in it, and ends the run.
+
+mod bench;
+mod flow;
+mod random;
+mod verify;
+
+use core::fmt::Display;
+
+use thiserror::Error;
+use vmbus::protocol::Relid;
+use vmbus::vstor::SCSI_CLASS;
+
+use crate::block::{BlockDriver, BlockError, Failure};
+use crate::bus::{Bus, BusError};
+use crate::json::Object;
+use crate::memory::Pages;
+use crate::platform::Platform;
+use crate::storvsc::{Controller, LUNS, RING_PAGES};
+use crate::work::{self, Work};
+
+/// Controllers that are looked at.
+const CONTROLLERS: usize = 4;
+
+/// How a run ended, for whoever started it. 101 and above are the platform's own.
+pub mod status {
+    /// All work was done.
+    pub const DONE: u32 = 0;
+    /// Something went wrong.
+    pub const FAILED: u32 = 1;
+    /// The command line was not understood.
+    pub const MISUNDERSTOOD: u32 = 2;
+}
+
+/// What can go wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum RunError {
+    /// On the way to the devices.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// With a disk.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// A disk that is not there.
+    #[error("there is no disk {asked}; there are {found}, counted from 0")]
+    NoDisk {
+        /// Which was to be worked on.
+        asked: u32,
+        /// How many there are.
+        found: usize,
+    },
+    /// Too little memory for the work.
+    #[error("the work takes {needed} pages of memory, and there are {available}")]
+    Memory {
+        /// Pages.
+        needed: usize,
+        /// Pages.
+        available: usize,
+    },
+    /// A transfer that this disk does not do.
+    #[error(
+        "the disk has blocks of {block_size} bytes and takes at most {max_transfer} at once, not {bs}"
+    )]
+    BlockSize {
+        /// As asked for.
+        bs: u32,
+        /// Of the disk.
+        block_size: u32,
+        /// Of the disk.
+        max_transfer: u32,
+    },
+    /// The disk is smaller than one transfer.
+    #[error("the disk has {0} bytes, which is less than one transfer")]
+    Small(u64),
+    /// A request that failed.
+    #[error("the {operation} of block {block} failed: {failure}")]
+    Failed {
+        /// What it was.
+        operation: &'static str,
+        /// Where.
+        block: u64,
+        /// Why.
+        failure: Failure,
+    },
+    /// A request that did less than it should.
+    #[error("the {operation} of block {block} transferred {bytes} of {asked} bytes")]
+    Short {
+        /// What it was.
+        operation: &'static str,
+        /// Where.
+        block: u64,
+        /// As it says.
+        bytes: u32,
+        /// As was asked.
+        asked: u32,
+    },
+    /// A driver that speaks of what was not asked.
+    #[error("the driver ended a request that was not made")]
+    Unasked,
+    /// What was read is not what was written.
+    #[error("byte {byte} of the disk reads {read:#018x} where {written:#018x} was written")]
+    Differs {
+        /// Where the first difference is.
+        byte: u64,
+        /// The eight bytes there.
+        read: u64,
+        /// As they should be.
+        written: u64,
+    },
+}
+
+/// Does the work of `command_line`, and returns a [`status`].
+pub fn run<P: Platform>(platform: &P, command_line: &str) -> u32 {
+    // All of it is read before anything is done.
+    if let Some(error) = work::parse(command_line).find_map(Result::err) {
+        tell_error(platform, error);
+        return status::MISUNDERSTOOD;
+    }
+    match work_on(platform, command_line) {
+        Ok(()) => status::DONE,
+        Err(error) => {
+            tell_error(platform, error);
+            status::FAILED
+        }
+    }
+}
+
+/// Says that something went wrong, in the way that the run's readers expect.
+pub fn tell_error(platform: &impl Platform, error: impl Display) {
+    tell(platform, Object::default().string("error", error));
+}
+
+fn tell(platform: &impl Platform, mut object: Object) {
+    platform.line(object.line());
+}
+
+fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError> {
+    let mut memory = platform.memory();
+    let mut bus = Bus::connect(platform)?;
+    let connected = Object::default().string("event", "connected").string("bus", "vmbus");
+    let connected = match bus.version() {
+        Some(version) => connected.string("version", version),
+        None => connected,
+    };
+    tell(platform, connected.number("offers", bus.offers().count()));
+
+    let mut disks = Disks::open(platform, &mut bus, &mut memory)?;
+    for task in command_line.split(';').map(str::trim).filter(|task| !task.is_empty()) {
+        // It was read before.
+        let Some(Ok(work)) = work::parse(task).next() else { continue };
+        tell(platform, Object::default().string("begin", task));
+        match work {
+            Work::Identify { disk } => {
+                let all = 0..u32::try_from(disks.count).unwrap_or(u32::MAX);
+                for number in disk.map_or(all, |disk| disk..disk.saturating_add(1)) {
+                    disks.with(number, |disk| {
+                        tell(platform, identify(number, disk));
+                        Ok(())
+                    })?;
+                }
+            }
+            Work::Verify(verify) => {
+                disks.with(verify.disk, |disk| {
+                    tell(platform, verify.run(platform, disk, memory)?);
+                    Ok(())
+                })?;
+            }
+            Work::Bench(bench) => {
+                disks.with(bench.disk, |disk| {
+                    tell(platform, bench.run(platform, disk, memory)?);
+                    Ok(())
+                })?;
+            }
+        }
+    }
+    Ok(bus.unload()?)
+}
+
+fn identify(number: u32, disk: &dyn BlockDriver) -> Object {
+    let identity = disk.identity();
+    Object::default()
+        .string("result", "identify")
+        .number("disk", number)
+        .string("driver", identity.driver)
+        .number("controller", identity.controller)
+        .number("lun", identity.lun)
+        .string("vendor", identity.vendor)
+        .string("product", identity.product)
+        .number("bytes", identity.bytes())
+        .number("block_size", identity.block_size)
+        .number("physical_block_size", identity.physical_block_size)
+        .number("max_transfer", identity.max_transfer)
+}
+
+/// All disks of the machine, in the order of their controllers.
+struct Disks<'w, P: Platform> {
+    controllers: [Option<Controller<'w, P>>; CONTROLLERS],
+    /// Bit `n` for unit `n`, for each controller.
+    units: [u64; CONTROLLERS],
+    count: usize,
+}
+
+impl<'w, P: Platform> Disks<'w, P> {
+    fn open(
+        platform: &'w P,
+        bus: &mut Bus<'w, P>,
+        memory: &mut Pages<'w>,
+    ) -> Result<Self, RunError> {
+        let mut channels = [Relid(0); CONTROLLERS];
+        let found = bus.devices(SCSI_CLASS).zip(&mut channels).map(|(relid, place)| *place = relid);
+        let found = found.count();
+        let mut disks =
+            Self { controllers: [const { None }; CONTROLLERS], units: [0; 4], count: 0 };
+        let places = disks.controllers.iter_mut().zip(&mut disks.units);
+        for ((index, relid), (place, units)) in (0..).zip(channels).take(found).zip(places) {
+            let ring = memory.take(RING_PAGES).ok_or(BusError::Memory)?;
+            let channel = bus.open(relid, ring)?;
+            let controller =
+                place.insert(Controller::connect(platform, relid, index, channel, memory)?);
+            *units = controller.units()?;
+            let count = units.count_ones();
+            disks.count += count as usize;
+            tell(
+                platform,
+                Object::default()
+                    .string("event", "opened")
+                    .number("channel", relid)
+                    .string("driver", "storvsc")
+                    .number("controller", index)
+                    .number("disks", count),
+            );
+        }
+        Ok(disks)
+    }
+
+    /// Lets `work` have disk `number`.
+    fn with(
+        &mut self,
+        number: u32,
+        work: impl FnOnce(&mut dyn BlockDriver) -> Result<(), RunError>,
+    ) -> Result<(), RunError> {
+        let mut before = number;
+        let found = self.count;
+        for (controller, units) in self.controllers.iter_mut().zip(self.units) {
+            let Some(controller) = controller else { continue };
+            for lun in (0..LUNS as u8).filter(|lun| units & 1 << lun != 0) {
+                if before > 0 {
+                    before -= 1;
+                } else if let Some(mut disk) = controller.disk(lun)? {
+                    return work(&mut disk);
+                }
+            }
+        }
+        Err(RunError::NoDisk { asked: number, found })
+    }
+}

@@ -1,0 +1,170 @@
+//! Requests of one size, so many in flight at a time.
+
+use core::hint::spin_loop;
+
+use super::RunError;
+use crate::block::{BlockDriver, Completion, Operation, Request};
+use crate::memory::{PAGE, Pages};
+use crate::platform::Platform;
+
+/// Requests, their memory, and the disk they go to.
+pub(super) struct Flow<'a, 'w, P> {
+    platform: &'a P,
+    disk: &'a mut dyn BlockDriver,
+    /// One buffer for each request.
+    memory: Pages<'w>,
+    bs: u32,
+    depth: u16,
+    /// How long to look for an answer before sleeping, in nanoseconds.
+    spin: u64,
+    /// For each slot, the place of its request.
+    places: [u64; 64],
+    /// The slots that have no request, as bits.
+    free: u64,
+}
+
+impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
+    /// Requests of `bs` bytes, `depth` of them at a time or as many as the driver takes.
+    pub(super) fn new(
+        platform: &'a P,
+        disk: &'a mut dyn BlockDriver,
+        memory: Pages<'w>,
+        bs: u32,
+        depth: u16,
+        spin: u64,
+    ) -> Result<Self, RunError> {
+        let identity = *disk.identity();
+        if !bs.is_multiple_of(identity.block_size) || bs > identity.max_transfer {
+            let (block_size, max_transfer) = (identity.block_size, identity.max_transfer);
+            return Err(RunError::BlockSize { bs, block_size, max_transfer });
+        }
+        let depth = depth.clamp(1, identity.max_depth.clamp(1, 64));
+        let (needed, available) = (pages_of(bs) * usize::from(depth), memory.count());
+        let (memory, _) = memory.split(needed).ok_or(RunError::Memory { needed, available })?;
+        let free = u64::MAX >> (64 - u32::from(depth));
+        Ok(Self { platform, disk, memory, bs, depth, spin, places: [0; 64], free })
+    }
+
+    /// How many places of a request's size the disk has.
+    pub(super) fn places(&self) -> Result<u64, RunError> {
+        let bytes = self.disk.identity().bytes();
+        let places = bytes / u64::from(self.bs);
+        if places == 0 { Err(RunError::Small(bytes)) } else { Ok(places) }
+    }
+
+    /// Requests in flight at a time.
+    pub(super) fn depth(&self) -> u16 {
+        self.depth
+    }
+
+    /// Makes requests at the places that `next` gives, told the time, until it gives none, and
+    /// waits for them. Before each `prepare` has its memory, and after each `ended`. Returns how
+    /// many there were.
+    pub(super) fn run(
+        &mut self,
+        operation: Operation,
+        mut next: impl FnMut(u64) -> Option<u64>,
+        mut prepare: impl FnMut(Pages<'w>, u64),
+        mut ended: impl FnMut(Pages<'w>, u64) -> Result<(), RunError>,
+    ) -> Result<u64, RunError> {
+        let blocks = self.bs / self.disk.identity().block_size;
+        let block_of = |place: u64| place.saturating_mul(blocks.into());
+        let name = if operation == Operation::Write { "write" } else { "read" };
+        let all = self.free;
+        let (mut more, mut count) = (true, 0);
+        let mut active = self.platform.now();
+        loop {
+            let now = self.platform.now();
+            while more && self.free != 0 {
+                let Some(place) = next(now) else {
+                    more = false;
+                    break;
+                };
+                let slot = self.free.trailing_zeros() as u16;
+                let data = self.buffer(slot)?;
+                prepare(data, place);
+                let block = block_of(place);
+                let request = Request { slot, operation, block, blocks, data: Some(data) };
+                self.disk.submit(&request)?;
+                self.free &= !(1 << slot);
+                if let Some(of_slot) = self.places.get_mut(usize::from(slot)) {
+                    *of_slot = place;
+                }
+            }
+            self.disk.publish();
+            if self.free == all {
+                return Ok(count);
+            }
+
+            let mut done = 0_u64;
+            let mut failed = None;
+            let (free, bs) = (self.free, self.bs);
+            let taken = self.disk.poll(&mut |Completion { slot, outcome }| {
+                let place = self.places.get(usize::from(slot)).copied().unwrap_or(0);
+                let block = block_of(place);
+                match outcome {
+                    _ if slot >= self.depth || (free | done) & 1 << slot != 0 => {
+                        failed = Some(RunError::Unasked);
+                    }
+                    Ok(bytes) if bytes != bs => {
+                        failed = Some(RunError::Short { operation: name, block, bytes, asked: bs });
+                    }
+                    Ok(_) => done |= 1 << slot,
+                    Err(failure) => {
+                        failed = Some(RunError::Failed { operation: name, block, failure });
+                    }
+                }
+            })?;
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            self.free |= done;
+            count += u64::from(done.count_ones());
+            while done != 0 {
+                let slot = done.trailing_zeros();
+                done &= done - 1;
+                let place = self.places.get(slot as usize).copied().unwrap_or(0);
+                ended(self.buffer(slot as u16)?, place)?;
+            }
+            if taken > 0 {
+                active = now;
+            } else if now.saturating_sub(active) < self.spin {
+                spin_loop();
+            } else {
+                self.disk.sleep();
+                active = self.platform.now();
+            }
+        }
+    }
+
+    /// Makes what was written permanent.
+    pub(super) fn flush(&mut self) -> Result<(), RunError> {
+        let operation = Operation::Flush;
+        self.disk.submit(&Request { slot: 0, operation, block: 0, blocks: 0, data: None })?;
+        self.disk.publish();
+        let mut outcome = None;
+        while outcome.is_none() {
+            if self.disk.poll(&mut |completion| outcome = Some(completion.outcome))? == 0 {
+                self.disk.sleep();
+            }
+        }
+        match outcome {
+            Some(Err(failure)) => Err(RunError::Failed { operation: "flush", block: 0, failure }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The memory of the request in `slot`.
+    fn buffer(&self, slot: u16) -> Result<Pages<'w>, RunError> {
+        let (needed, available) = (pages_of(self.bs), self.memory.count());
+        self.memory
+            .split(needed * usize::from(slot))
+            .and_then(|(_, rest)| rest.split(needed))
+            .map(|(buffer, _)| buffer)
+            .ok_or(RunError::Memory { needed, available })
+    }
+}
+
+fn pages_of(bytes: u32) -> usize {
+    (bytes as usize).div_ceil(PAGE)
+}

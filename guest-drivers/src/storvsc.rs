@@ -1,0 +1,204 @@
+//! Disks of synthetic SCSI controllers, by [`vsc::storvsc`].
+
+use vmbus::mapped::SingleMapped;
+use vmbus::protocol::Relid;
+use vmbus::vstor::DataDirection;
+use vsc::Signal;
+use vsc::storvsc::{Command, Disk, IdentifyError, PageList, Pages as PageView, words};
+use vsc::storvsc::{Queue, Scratch};
+
+use crate::block::{
+    BlockCounters, BlockDriver, BlockError, Completion, Identity, MAX_DEPTH, Name, Operation,
+    Request,
+};
+use crate::bus::OpenChannel;
+use crate::memory::{PAGE, Pages};
+use crate::platform::{Calls, Platform};
+
+/// Pages of a controller's channel, both rings together: 32 each, as Linux's storvsc has.
+pub const RING_PAGES: usize = 64;
+
+/// Logical units that a controller may have here.
+pub const LUNS: usize = 64;
+
+/// Pages of the longest transfer.
+const TRANSFER_PAGES: usize = 32;
+
+/// How long a controller may take for an answer while it is set up.
+const PATIENCE: u64 = 10_000_000_000;
+
+type ScsiQueue<'w, P> = Queue<SingleMapped<'w>, Signal<Calls<'w, P>>, { MAX_DEPTH as usize }>;
+
+/// A controller, its channel open.
+pub struct Controller<'w, P: Platform> {
+    platform: &'w P,
+    relid: Relid,
+    index: u8,
+    queue: ScsiQueue<'w, P>,
+    max_transfer: u32,
+    scratch: ScratchPage<'w>,
+}
+
+/// The page into which small answers come.
+struct ScratchPage<'w> {
+    page: Pages<'w>,
+    list: PageList<{ words(1) }>,
+}
+
+impl Scratch for ScratchPage<'_> {
+    fn pages(&mut self, len: u32) -> Option<PageView<'_>> {
+        self.list.resize(len).then(|| self.list.pages())
+    }
+
+    fn read(&self, bytes: &mut [u8]) {
+        self.page.read(bytes);
+    }
+}
+
+/// Waits for the interrupt of channel `relid`, for an answer that should not take long.
+fn waiting<P: Platform>(platform: &P, relid: Relid) -> impl FnMut() -> bool {
+    let until = platform.now().saturating_add(PATIENCE);
+    move || {
+        platform.idle();
+        platform.take_event(relid.0);
+        platform.now() < until
+    }
+}
+
+impl<'w, P: Platform> Controller<'w, P> {
+    /// Takes the controller whose channel `relid` was opened into use. It needs a page, the first
+    /// of `memory`.
+    pub fn connect(
+        platform: &'w P,
+        relid: Relid,
+        index: u8,
+        channel: OpenChannel<'w, P>,
+        memory: &mut Pages<'w>,
+    ) -> Result<Self, BlockError> {
+        let page = memory.take(1).ok_or(BlockError::Request)?;
+        let list = PageList::new(PAGE as u32, 0, page.numbers()).ok_or(BlockError::Request)?;
+        let (queue, agreement) = Queue::connect(channel, 0, waiting(platform, relid))?;
+        Ok(Self {
+            platform,
+            relid,
+            index,
+            queue,
+            max_transfer: agreement.max_transfer.min((TRANSFER_PAGES * PAGE) as u32),
+            scratch: ScratchPage { page, list },
+        })
+    }
+
+    /// Which units are there, by REPORT LUNS: bit `n` for unit `n`.
+    pub fn units(&mut self) -> Result<u64, BlockError> {
+        const LEN: usize = 8 + 8 * LUNS;
+        let [a, b, c, d] = (LEN as u32).to_be_bytes();
+        let cdb = [0xa0, 0, 0, 0, 0, 0, a, b, c, d, 0, 0];
+        let command = Command::new(0, &cdb, DataDirection::Read).ok_or(BlockError::Request)?;
+        let data = self.scratch.pages(LEN as u32).ok_or(BlockError::Request)?;
+        let outcome = self.queue.run(&command, Some(data), waiting(self.platform, self.relid))?;
+        let Ok(len) = outcome else {
+            return Ok(1); // a controller that does not know the command; unit 0 is there if any is
+        };
+        let mut answer = [0; LEN];
+        self.scratch.read(&mut answer);
+        let answer = answer.get(..usize::try_from(len).unwrap_or(LEN)).unwrap_or(&answer);
+        let mut units = 0;
+        if let Some(([a, b, c, d, ..], list)) = answer.split_first_chunk::<8>() {
+            let listed = u32::from_be_bytes([*a, *b, *c, *d]) as usize / 8;
+            for entry in list.chunks_exact(8).take(listed) {
+                // Peripheral device addressing, single level (SAM-5, 4.7).
+                if let [0, unit, ..] = entry
+                    && usize::from(*unit) < LUNS
+                {
+                    units |= 1 << unit;
+                }
+            }
+        }
+        Ok(units)
+    }
+
+    /// The disk at `lun`; `None` if there is none.
+    pub fn disk(&mut self, lun: u8) -> Result<Option<StorvscDisk<'_, 'w, P>>, BlockError> {
+        let waiting = waiting(self.platform, self.relid);
+        let disk = match Disk::identify(&mut self.queue, lun, &mut self.scratch, waiting) {
+            Ok(Some(disk)) => disk,
+            Ok(None) | Err(IdentifyError::NotADisk(_)) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let identity = Identity {
+            driver: "storvsc",
+            controller: self.index,
+            lun,
+            vendor: Name(disk.vendor),
+            product: Name(disk.product),
+            block_size: disk.block_size,
+            physical_block_size: disk.physical_block_size,
+            blocks: disk.blocks,
+            max_transfer: self.max_transfer,
+            max_depth: MAX_DEPTH,
+        };
+        self.queue.wake();
+        Ok(Some(StorvscDisk { controller: self, identity }))
+    }
+}
+
+/// A disk of a controller, in use.
+pub struct StorvscDisk<'c, 'w, P: Platform> {
+    controller: &'c mut Controller<'w, P>,
+    identity: Identity,
+}
+
+impl<P: Platform> BlockDriver for StorvscDisk<'_, '_, P> {
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), BlockError> {
+        let Request { slot, operation, block, blocks, data } = *request;
+        let lun = self.identity.lun;
+        let queue = &mut self.controller.queue;
+        let command = match operation {
+            Operation::Read => Command::read(lun, block, blocks),
+            Operation::Write => Command::write(lun, block, blocks),
+            Operation::Flush => return Ok(queue.submit(slot, &Command::flush(lun), None)?),
+        };
+        let len = blocks.checked_mul(self.identity.block_size).ok_or(BlockError::Request)?;
+        let pages = data.ok_or(BlockError::Request)?.numbers();
+        let used = (len as usize).div_ceil(PAGE);
+        let list = PageList::<{ words(TRANSFER_PAGES) }>::new(len, 0, pages.take(used));
+        let list = list.ok_or(BlockError::Request)?;
+        Ok(queue.submit(slot, &command, Some(list.pages()))?)
+    }
+
+    fn publish(&mut self) {
+        self.controller.queue.publish();
+    }
+
+    fn poll(&mut self, ended: &mut dyn FnMut(Completion)) -> Result<usize, BlockError> {
+        let queue = &mut self.controller.queue;
+        if !queue.has_data() {
+            return Ok(0);
+        }
+        let count = queue.poll(|completion| {
+            ended(Completion {
+                slot: completion.slot,
+                outcome: completion.outcome.map_err(Into::into),
+            });
+        })?;
+        Ok(count)
+    }
+
+    fn sleep(&mut self) {
+        let Controller { platform, relid, queue, .. } = &mut *self.controller;
+        if queue.rest() {
+            platform.idle();
+            platform.take_event(relid.0);
+        }
+        queue.wake();
+    }
+
+    fn counters(&self) -> BlockCounters {
+        let counters = self.controller.queue.counters();
+        BlockCounters { signals: counters.signals, signals_spared: counters.signals_spared }
+    }
+}

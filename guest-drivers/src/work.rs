@@ -1,0 +1,359 @@
+//! What the guest is to do, as it is written on a command line.
+//!
+//! ```text
+//! identify; verify disk=0 bytes=16M; bench disk=0 pattern=rand rw=read bs=4k depth=32 time=500ms
+//! ```
+//!
+//! Tasks are parted by semicolons, and a task's settings by spaces. Sizes are in bytes or in units
+//! of 1024 (`k`, `M`, `G`), times in `us`, `ms` or `s`.
+
+use thiserror::Error;
+
+use crate::block::MAX_DEPTH;
+
+/// The longest transfer that can be asked for.
+const MAX_BLOCK: u64 = 128 << 10;
+
+/// One task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Say what disks there are, or what this one is.
+    Identify {
+        /// Which; all if it is not said.
+        disk: Option<u32>,
+    },
+    /// Write a pattern, read it back, compare. What was on the disk is gone.
+    Verify(Verify),
+    /// Measure.
+    Bench(Bench),
+}
+
+/// Settings of `verify`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verify {
+    /// Which disk, counted as `identify` does.
+    pub disk: u32,
+    /// How much, from the disk's start; or all of it, if that is less.
+    pub bytes: u64,
+    /// Bytes of a request.
+    pub bs: u32,
+    /// Requests in flight.
+    pub depth: u16,
+    /// What the pattern begins with.
+    pub seed: u64,
+}
+
+/// Settings of `bench`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bench {
+    /// Which disk, counted as `identify` does.
+    pub disk: u32,
+    /// In which order.
+    pub pattern: Pattern,
+    /// Which way.
+    pub direction: Direction,
+    /// Bytes of a request.
+    pub bs: u32,
+    /// Requests in flight.
+    pub depth: u16,
+    /// Nanoseconds.
+    pub time: u64,
+    /// Nanoseconds for which the guest looks for an answer before it sleeps.
+    pub spin: u64,
+}
+
+/// An order of blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// One after the other, and again from the start.
+    Sequential,
+    /// Any.
+    Random,
+}
+
+impl Pattern {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sequential => "seq",
+            Self::Random => "rand",
+        }
+    }
+}
+
+/// A direction of transfers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the disk.
+    Read,
+    /// To the disk, whose contents are then gone.
+    Write,
+}
+
+impl Direction {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// Why a task was not understood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum WorkError<'a> {
+    /// Nothing to do.
+    #[error("there is no work; say identify, verify or bench")]
+    Nothing,
+    /// An unknown task.
+    #[error("'{0}' is no work; say identify, verify or bench")]
+    Task(&'a str),
+    /// A word without an equals sign.
+    #[error("'{0}' is not KEY=VALUE")]
+    NoValue(&'a str),
+    /// An unknown setting.
+    #[error("{task} knows no '{key}'; it knows {known}")]
+    Key {
+        /// Of which task.
+        task: &'static str,
+        /// The setting.
+        key: &'a str,
+        /// Those that would do.
+        known: &'static str,
+    },
+    /// A value that cannot be.
+    #[error("{key}={value} is not possible; {key} is {allowed}")]
+    Value {
+        /// The setting.
+        key: &'a str,
+        /// Its value.
+        value: &'a str,
+        /// What would be.
+        allowed: &'static str,
+    },
+}
+
+const VERIFY_KEYS: &str = "disk, bytes, bs, depth, seed";
+const BENCH_KEYS: &str = "disk, pattern, rw, bs, depth, time, spin";
+
+/// The tasks of `line`, in order.
+pub fn parse(line: &str) -> impl Iterator<Item = Result<Work, WorkError<'_>>> {
+    let nothing = line.split(';').all(|task| task.trim().is_empty());
+    let tasks = line.split(';').map(str::trim).filter(|task| !task.is_empty()).map(parse_task);
+    nothing.then_some(Err(WorkError::Nothing)).into_iter().chain(tasks)
+}
+
+fn parse_task(task: &str) -> Result<Work, WorkError<'_>> {
+    let mut words = task.split_ascii_whitespace();
+    let name = words.next().ok_or(WorkError::Nothing)?;
+    let settings = words.map(|word| {
+        let (key, value) = word.split_once('=').ok_or(WorkError::NoValue(word))?;
+        Ok(Setting { key, value })
+    });
+    match name {
+        "identify" => identify(settings),
+        "verify" => verify(settings),
+        "bench" => bench(settings),
+        other => Err(WorkError::Task(other)),
+    }
+}
+
+fn identify<'a>(
+    settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
+) -> Result<Work, WorkError<'a>> {
+    let mut disk = None;
+    for setting in settings {
+        let setting = setting?;
+        match setting.key {
+            "disk" => disk = Some(setting.disk()?),
+            _ => return Err(setting.unknown("identify", "disk")),
+        }
+    }
+    Ok(Work::Identify { disk })
+}
+
+fn verify<'a>(
+    settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
+) -> Result<Work, WorkError<'a>> {
+    let mut verify =
+        Verify { disk: 0, bytes: 16 << 20, bs: 64 << 10, depth: 8, seed: 0x5061_7274_6974_6121 };
+    for setting in settings {
+        let setting = setting?;
+        match setting.key {
+            "disk" => verify.disk = setting.disk()?,
+            "bytes" => verify.bytes = setting.size(1..=u64::MAX, "a size such as 16M")?,
+            "bs" => verify.bs = setting.block()?,
+            "depth" => verify.depth = setting.depth()?,
+            "seed" => verify.seed = setting.size(0..=u64::MAX, "a number")?,
+            _ => return Err(setting.unknown("verify", VERIFY_KEYS)),
+        }
+    }
+    Ok(Work::Verify(verify))
+}
+
+fn bench<'a>(
+    settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
+) -> Result<Work, WorkError<'a>> {
+    let mut bench = Bench {
+        disk: 0,
+        pattern: Pattern::Random,
+        direction: Direction::Read,
+        bs: 4096,
+        depth: 1,
+        time: 1_000_000_000,
+        spin: 100_000,
+    };
+    for setting in settings {
+        let setting = setting?;
+        match (setting.key, setting.value) {
+            ("disk", _) => bench.disk = setting.disk()?,
+            ("pattern", "seq") => bench.pattern = Pattern::Sequential,
+            ("pattern", "rand") => bench.pattern = Pattern::Random,
+            ("pattern", _) => return Err(setting.impossible("seq or rand")),
+            ("rw", "read") => bench.direction = Direction::Read,
+            ("rw", "write") => bench.direction = Direction::Write,
+            ("rw", _) => return Err(setting.impossible("read or write")),
+            ("bs", _) => bench.bs = setting.block()?,
+            ("depth", _) => bench.depth = setting.depth()?,
+            ("time", _) => bench.time = setting.time("a time such as 500ms, up to 3600s")?,
+            ("spin", _) => bench.spin = setting.time("a time such as 100us")?,
+            _ => return Err(setting.unknown("bench", BENCH_KEYS)),
+        }
+    }
+    Ok(Work::Bench(bench))
+}
+
+#[derive(Clone, Copy)]
+struct Setting<'a> {
+    key: &'a str,
+    value: &'a str,
+}
+
+impl<'a> Setting<'a> {
+    fn unknown(self, task: &'static str, known: &'static str) -> WorkError<'a> {
+        WorkError::Key { task, key: self.key, known }
+    }
+
+    fn impossible(self, allowed: &'static str) -> WorkError<'a> {
+        WorkError::Value { key: self.key, value: self.value, allowed }
+    }
+
+    /// The value as a number with one of these units.
+    fn with_unit(self, units: &[(&str, u64)]) -> Option<u64> {
+        let digits = self.value.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = self.value.split_at_checked(digits)?;
+        let (_, factor) = units.iter().find(|(name, _)| *name == unit)?;
+        number.parse::<u64>().ok()?.checked_mul(*factor)
+    }
+
+    fn size(
+        self,
+        range: core::ops::RangeInclusive<u64>,
+        allowed: &'static str,
+    ) -> Result<u64, WorkError<'a>> {
+        const K: u64 = 1 << 10;
+        const M: u64 = 1 << 20;
+        const G: u64 = 1 << 30;
+        self.with_unit(&[("", 1), ("k", K), ("K", K), ("m", M), ("M", M), ("g", G), ("G", G)])
+            .filter(|size| range.contains(size))
+            .ok_or_else(|| self.impossible(allowed))
+    }
+
+    fn time(self, allowed: &'static str) -> Result<u64, WorkError<'a>> {
+        self.with_unit(&[("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)])
+            .filter(|time| *time <= 3_600_000_000_000)
+            .ok_or_else(|| self.impossible(allowed))
+    }
+
+    fn disk(self) -> Result<u32, WorkError<'a>> {
+        self.value.parse().map_err(|_| self.impossible("the number of a disk, from 0"))
+    }
+
+    fn block(self) -> Result<u32, WorkError<'a>> {
+        const ALLOWED: &str = "a multiple of 512 up to 128k";
+        let size = self.size(512..=MAX_BLOCK, ALLOWED)?;
+        u32::try_from(size)
+            .ok()
+            .filter(|size| size.is_multiple_of(512))
+            .ok_or_else(|| self.impossible(ALLOWED))
+    }
+
+    fn depth(self) -> Result<u16, WorkError<'a>> {
+        let depth = self.value.parse().ok();
+        depth
+            .filter(|depth| (1..=MAX_DEPTH).contains(depth))
+            .ok_or_else(|| self.impossible("1 to 64"))
+    }
+}
+
+const _: () = assert!(MAX_DEPTH == 64, "the message says so");
+
+#[cfg(test)]
+mod tests {
+    use std::string::{String, ToString};
+    use std::vec::Vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_line_with_everything() {
+        let line = " identify; identify disk=2 ;verify disk=1 bytes=1M bs=512 depth=2 seed=7;\
+                    bench pattern=seq rw=write bs=128k depth=64 time=2s spin=0us disk=3;";
+        let works: Vec<_> = parse(line).collect::<Result<_, _>>().unwrap();
+        assert_eq!(
+            works,
+            [
+                Work::Identify { disk: None },
+                Work::Identify { disk: Some(2) },
+                Work::Verify(Verify { disk: 1, bytes: 1 << 20, bs: 512, depth: 2, seed: 7 }),
+                Work::Bench(Bench {
+                    disk: 3,
+                    pattern: Pattern::Sequential,
+                    direction: Direction::Write,
+                    bs: 128 << 10,
+                    depth: 64,
+                    time: 2_000_000_000,
+                    spin: 0,
+                }),
+            ]
+        );
+    }
+
+    fn refusal(line: &str) -> String {
+        parse(line).find_map(Result::err).map(|e| e.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn refusals_say_what_would_be_right() {
+        assert_eq!(refusal(""), "there is no work; say identify, verify or bench");
+        assert_eq!(refusal(" ; "), "there is no work; say identify, verify or bench");
+        assert_eq!(refusal("format"), "'format' is no work; say identify, verify or bench");
+        assert_eq!(refusal("verify fast"), "'fast' is not KEY=VALUE");
+        assert_eq!(refusal("identify lun=0"), "identify knows no 'lun'; it knows disk");
+        assert_eq!(
+            refusal("bench bs=5000"),
+            "bs=5000 is not possible; bs is a multiple of 512 up to 128k"
+        );
+        assert_eq!(refusal("bench depth=65"), "depth=65 is not possible; depth is 1 to 64");
+        assert_eq!(
+            refusal("bench time=5"),
+            "time=5 is not possible; time is a time such as 500ms, up to 3600s"
+        );
+        assert_eq!(
+            refusal("identify; verify bytes=-1"),
+            "bytes=-1 is not possible; bytes is a size such as 16M"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_read_or_refused(line in ".{0,200}") {
+            for work in parse(&line) {
+                let _ = work.map_err(|error| error.to_string());
+            }
+        }
+    }
+}
