@@ -50,14 +50,31 @@ pub enum Guest {
 }
 
 impl Guest {
-    fn load(&self, memory: &GuestMemory, vps: u32) -> anyhow::Result<BootState> {
+    fn load(
+        &self,
+        memory: &GuestMemory,
+        vps: u32,
+        synic: SynicOption,
+    ) -> anyhow::Result<BootState> {
         Ok(match self {
             Self::Linux { kernel, initrd, command_line } => {
                 LinuxBoot { kernel, initrd: initrd.as_deref(), command_line, vps }.load(memory)?
             }
-            Self::Builtin { work } => BuiltinBoot { command_line: work, vps }.load(memory)?,
+            Self::Builtin { work } => {
+                let doorbell = hyper_v(synic)? == HyperV::User;
+                BuiltinBoot { command_line: work, vps, doorbell }.load(memory)?
+            }
         })
     }
+}
+
+/// The interface that `synic` means on this host.
+fn hyper_v(synic: SynicOption) -> anyhow::Result<HyperV> {
+    Ok(match synic {
+        SynicOption::Auto => kvm::preferred_hyper_v(&kvm::open()?),
+        SynicOption::Kernel => HyperV::Kernel,
+        SynicOption::User => HyperV::User,
+    })
 }
 
 /// A machine, ready to run once. A restart is a new machine.
@@ -68,6 +85,7 @@ pub struct Machine {
     uart: Arc<Uart>,
     pm: Arc<PmBlock>,
     exit: Option<Arc<ExitPort>>,
+    hyper_v: HyperV,
 }
 
 impl Machine {
@@ -79,13 +97,9 @@ impl Machine {
     ) -> anyhow::Result<Self> {
         let memory = GuestMemory::new(config.memory)?;
         tracing::debug!(?memory, "guest memory");
-        let boot_state = config.guest.load(&memory, config.vps)?;
+        let boot_state = config.guest.load(&memory, config.vps, config.synic)?;
 
-        let hyper_v = match config.synic {
-            SynicOption::Auto => kvm::preferred_hyper_v(&kvm::open()?),
-            SynicOption::Kernel => HyperV::Kernel,
-            SynicOption::User => HyperV::User,
-        };
+        let hyper_v = hyper_v(config.synic)?;
         let partition = Partition::new(&PartitionConfig {
             vps: config.vps,
             memory,
@@ -124,7 +138,7 @@ impl Machine {
         }
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(Bus::mmio()));
-        Ok(Self { partition, ports, mmio, uart, pm, exit })
+        Ok(Self { partition, ports, mmio, uart, pm, exit, hyper_v })
     }
 
     /// Its RAM.
@@ -135,6 +149,11 @@ impl Machine {
     /// Its SynIC.
     pub fn synic(&self) -> Arc<dyn Synic> {
         self.partition.synic()
+    }
+
+    /// Who serves its Hyper-V interface.
+    pub fn hyper_v(&self) -> HyperV {
+        self.hyper_v
     }
 
     /// Ends [`Self::run`], from any thread.

@@ -90,6 +90,7 @@ impl Run {
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
         controllers(&disks, self.cpus)?;
+        let builtin = self.builtin.is_some();
         let guest = match (self.builtin, self.kernel) {
             (Some(work), _) => Guest::Builtin { work },
             (None, Some(kernel)) => {
@@ -125,7 +126,11 @@ impl Run {
             drop(machine);
             match reason {
                 StopReason::PowerOff => {
-                    return Ok(ExitCode::from(status.unwrap_or(0).min(255) as u8));
+                    let status = status.unwrap_or(0);
+                    return Ok(u8::try_from(status).unwrap_or(u8::MAX).into());
+                }
+                StopReason::Reset | StopReason::TripleFault if builtin => {
+                    bail!("the built-in guest broke down");
                 }
                 StopReason::Reset | StopReason::TripleFault => {}
                 StopReason::Stopped => bail!("stopped before the guest powered off"),

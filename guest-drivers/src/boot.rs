@@ -28,6 +28,11 @@ pub struct BootParameters {
     pub vps: u32,
     /// Bytes of `command_line` in use.
     pub command_line_len: u32,
+    /// A port where a 32-bit write of a connection's number is the hypercall *signal event*, for
+    /// code at CPL 3 too; 0 if there is none.
+    pub doorbell_port: u32,
+    /// Zero.
+    pub reserved: u32,
     /// The work to be done, as [`crate::work`] reads it.
     pub command_line: [u8; Self::COMMAND_LINE_ROOM],
 }
@@ -39,15 +44,18 @@ impl BootParameters {
     pub const MAGIC: u64 = u64::from_be_bytes(*b"Partita\x01");
 
     /// Bytes that a command line may have.
-    pub const COMMAND_LINE_ROOM: usize = 4096 - 24;
+    pub const COMMAND_LINE_ROOM: usize = 4096 - 32;
 
-    /// The parameters for a guest with so much RAM; `None` if the command line is too long.
+    /// The parameters for a guest with so much RAM and no doorbell port; `None` if the command line
+    /// is too long.
     pub fn new(memory_end: u64, vps: u32, command_line: &str) -> Option<Self> {
         let mut parameters = Self {
             magic: Self::MAGIC,
             memory_end,
             vps,
             command_line_len: u32::try_from(command_line.len()).ok()?,
+            doorbell_port: 0,
+            reserved: 0,
             command_line: [0; Self::COMMAND_LINE_ROOM],
         };
         let room = parameters.command_line.get_mut(..command_line.len())?;
@@ -62,5 +70,36 @@ impl BootParameters {
         }
         let len = usize::try_from(self.command_line_len).ok()?;
         str::from_utf8(self.command_line.get(..len)?).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::string::String;
+
+    use super::*;
+
+    #[test]
+    fn parameters_arrive() {
+        let parameters = BootParameters::new(64 << 20, 1, "identify").unwrap();
+        let parameters = BootParameters::read_from_bytes(parameters.as_bytes()).unwrap();
+        assert_eq!(parameters.command_line(), Some("identify"));
+        assert_eq!((parameters.memory_end, parameters.vps), (64 << 20, 1));
+    }
+
+    #[test]
+    fn what_is_no_page_of_parameters_is_not_taken_for_one() {
+        let line = String::from_utf8([b'x'; BootParameters::COMMAND_LINE_ROOM].to_vec()).unwrap();
+        assert_eq!(BootParameters::new(0, 1, &line).unwrap().command_line(), Some(&*line));
+        assert!(BootParameters::new(0, 1, &(line + "x")).is_none());
+
+        let right = BootParameters::new(0, 1, "identify").unwrap();
+        let wrong = BootParameters { magic: right.magic + 1, ..right.clone() };
+        assert_eq!(wrong.command_line(), None);
+        let long = BootParameters { command_line_len: 4096, ..right.clone() };
+        assert_eq!(long.command_line(), None);
+        let mut binary = right;
+        binary.command_line[0] = 0xff;
+        assert_eq!(binary.command_line(), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::io::Cursor;
 
 use guest_drivers::boot::{BootParameters, IMAGE_START};
-use hypervisor::{BootState, Gpa, GuestMemory, MemoryError, layout};
+use hypervisor::{BootState, DOORBELL_PORT, Gpa, GuestMemory, MemoryError, layout};
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
@@ -22,6 +22,8 @@ pub struct BuiltinBoot<'a> {
     pub command_line: &'a str,
     /// Virtual processors.
     pub vps: u32,
+    /// Whether a port serves as the hypercall *signal event*.
+    pub doorbell: bool,
 }
 
 /// Why the built-in guest cannot be booted.
@@ -46,8 +48,11 @@ impl BuiltinBoot<'_> {
     pub fn load(&self, memory: &GuestMemory) -> Result<BootState, BuiltinError> {
         let line = self.command_line;
         let memory_end = memory.size().min(layout::HOLE_START.0);
-        let parameters = BootParameters::new(memory_end, self.vps, line)
+        let mut parameters = BootParameters::new(memory_end, self.vps, line)
             .ok_or(BuiltinError::TooMuchWork { len: line.len() })?;
+        if self.doorbell {
+            parameters.doorbell_port = DOORBELL_PORT.into();
+        }
         memory.write_obj(PARAMETERS, &parameters)?;
         let mut image = Cursor::new(IMAGE);
         let start = Some(GuestAddress(IMAGE_START));

@@ -7,6 +7,7 @@ use core::cell::Cell;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
+use guest_drivers::boot::BootParameters;
 use guest_drivers::memory::{PAGE, Pages};
 use guest_drivers::platform::{Message, Platform, PlatformCounters};
 use vmbus::client::HvStatus;
@@ -54,6 +55,8 @@ pub(crate) struct Machine {
     messages: NonNull<u8>,
     events: NonNull<u8>,
     interrupts: NonNull<AtomicU64>,
+    /// Where signals go without a hypercall; 0 is nowhere.
+    doorbell_port: u16,
     halts: Cell<u64>,
     /// The clock's reading at the start, and its nanoseconds per tick as a fraction of 2^32.
     start: u64,
@@ -61,8 +64,8 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Switches on what the hypervisor offers. `memory_end` is where RAM ends. To be called once.
-    pub(crate) fn new(memory_end: u64) -> Result<Self, &'static str> {
+    /// Switches on what the hypervisor offers. To be called once.
+    pub(crate) fn new(parameters: &BootParameters) -> Result<Self, &'static str> {
         let [b, c, d] = supervisor::cpuid(0x4000_0000);
         if [b, c, d].map(u32::to_le_bytes).as_flattened() != b"Microsoft Hv" {
             return Err("the hypervisor has no Hyper-V interface");
@@ -86,7 +89,7 @@ impl Machine {
         }
 
         let start = symbol!("image_end");
-        let pages = memory_end.saturating_sub(start) as usize / PAGE;
+        let pages = parameters.memory_end.saturating_sub(start) as usize / PAGE;
         let pointer =
             |address: u64| NonNull::new(address as *mut u8).ok_or("the image lies at address 0");
         // SAFETY: behind the image there is RAM up to its end, mapped where it is, which nothing
@@ -97,6 +100,7 @@ impl Machine {
             messages: pointer(messages)?,
             events: pointer(events)?,
             interrupts: pointer(interrupts)?.cast(),
+            doorbell_port: u16::try_from(parameters.doorbell_port).unwrap_or(0),
             halts: Cell::new(0),
             start: time_stamp(),
             scale: (1_000_000_000 << 32) / frequency,
@@ -136,6 +140,9 @@ impl Platform for Machine {
     fn signal_event(&self, connection: u32) {
         // The ring may have been written just now.
         fence(Ordering::SeqCst);
+        if self.doorbell_port != 0 {
+            return supervisor::ring_port(self.doorbell_port, connection);
+        }
         // SAFETY: a fast call: the input is the connection, with flag number 0.
         unsafe { supervisor::hypercall(SIGNAL_EVENT_FAST, connection.into()) };
     }

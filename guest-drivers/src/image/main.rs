@@ -36,7 +36,7 @@ extern "sysv64" fn main(parameters: &'static BootParameters) -> ! {
     let Some(work) = parameters.command_line() else {
         fail(status::NO_MACHINE, "the boot parameters are not what this image expects");
     };
-    match Machine::new(parameters.memory_end) {
+    match Machine::new(parameters) {
         Ok(machine) => supervisor::exit(runner::run(&machine, work)),
         Err(what) => fail(status::NO_MACHINE, what),
     }

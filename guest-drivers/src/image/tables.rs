@@ -40,21 +40,15 @@ pub(crate) use symbol;
 /// Fills the tables; to be called once, first of all.
 pub(crate) fn fill() {
     // The task state (SDM volume 3, 8.7, "Task management in 64-bit mode"): RSP0 at 4, the stack of
-    // calls; IST1 at 36, that of exceptions and interrupts, which may come while a call halts.
+    // calls; IST1 at 36, that of exceptions and interrupts, which may come while a call halts. What
+    // the I/O privilege level would allow some KVMs forget; the map of ports they do not.
     let task_state = symbol!("task_state") as *mut u8;
-    for (offset, value) in
-        [(4, symbol!("supervisor_stack_end")), (36, symbol!("interrupt_stack_end"))]
-    {
-        // SAFETY: in the 104 bytes that are set aside for it.
-        let field = unsafe { task_state.add(offset) };
-        // SAFETY: as above; nobody else is there.
-        unsafe { field.cast::<u64>().write_unaligned(value) };
-    }
-    let map = 104_u16; // the I/O permission map would begin behind the end: there is none
-    // SAFETY: in the 104 bytes.
-    let field = unsafe { task_state.add(102) };
-    // SAFETY: as above.
-    unsafe { field.cast::<u16>().write_unaligned(map) };
+    let map = 104_u16;
+    let ports = 0x100 / 8; // zeros, for "allowed"
+    put(task_state, 4, symbol!("supervisor_stack_end"));
+    put(task_state, 36, symbol!("interrupt_stack_end"));
+    put(task_state, 102, map);
+    put(task_state, usize::from(map) + ports, 0xff_u8); // the processor wants a byte of ones
 
     let exceptions = symbol!("supervisor_exceptions");
     // SAFETY: this is the only reference ever, and the processor looks there when it must.
@@ -67,6 +61,14 @@ pub(crate) fn fill() {
             _ => gate(symbol!("supervisor_spurious"), 0, 1),
         };
     }
+}
+
+/// Writes a field of the task state.
+fn put<T>(task_state: *mut u8, offset: usize, value: T) {
+    // SAFETY: each offset lies in what is set aside for it.
+    let field = unsafe { task_state.add(offset) };
+    // SAFETY: as above, and nobody else is there.
+    unsafe { field.cast::<T>().write_unaligned(value) };
 }
 
 /// An interrupt gate to `address` at CPL 0, for software of privilege `dpl`, on interrupt stack
