@@ -1,11 +1,12 @@
 //! The program `partita`: the root partition's virtualization stack on a command line.
 //!
 //! [`options`] reads what the user wants, [`machine`] puts the machine together, [`boot`] loads its
-//! operating system, [`run`] lets it run with its disks until it ends, and [`doctor`] looks at the
-//! host. An error is one line, and ends the program with 1.
+//! operating system, [`run`] lets it run with its disks until it ends, [`demo`] shows all of it with
+//! the [`builtin`] guest, and [`doctor`] looks at the host. An error is one line, and ends the program with 1.
 
 mod boot;
 mod builtin;
+mod demo;
 mod doctor;
 mod machine;
 mod options;
@@ -36,6 +37,8 @@ struct Cli {
 enum Command {
     /// Boot Linux and run it until it powers off
     Run(run::Run),
+    /// Boot the guest that partita carries, and show what it does on a disk made for it
+    Demo(demo::Demo),
     /// Tell what this host can do, and what to do about what is missing
     #[command(after_help = "Example:\n  partita doctor")]
     Doctor,
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         .init();
     let ended = match cli.command {
         Command::Run(run) => run.run(),
+        Command::Demo(demo) => demo.run(),
         Command::Doctor => Ok(if doctor::run() { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
     };
     ended.unwrap_or_else(|error| {

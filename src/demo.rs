@@ -1,0 +1,225 @@
+//! `partita demo`: boots the built-in guest with a scratch disk, and says in plain words what
+//! happened.
+//!
+//! What the guest reports comes from its console, a line of JSON each. Each line is stamped with what
+//! had been counted when it came, so that the cost of what lies between two of them can be told.
+
+mod report;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use backends::block::Disk;
+use backends::file::{FileDisk, OpenOptions};
+use clap::Args;
+use hypervisor::kvm::{HyperV, KernelCounters};
+use hypervisor::{ExitCounters, ExitKind, StopReason};
+use vmbus_server::Host;
+use vsp::storvsp::ControllerBuilder;
+
+use crate::machine::{Guest, Machine, MachineConfig};
+use crate::options::SynicOption;
+use report::{Costs, Report, Stamped};
+
+/// The built-in guest at work, and what it took
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  partita demo
+  partita demo --json | python3 -m json.tool
+  partita demo --keep      # and then look at what the guest wrote")]
+pub struct Demo {
+    /// One object of JSON instead of words
+    #[arg(long)]
+    json: bool,
+    /// Keep the scratch disk, and say where it is
+    #[arg(long)]
+    keep: bool,
+}
+
+/// What the guest does.
+const WORK: &str = "identify; verify bytes=16M; \
+                    bench depth=1 time=250ms; bench depth=32 time=250ms";
+
+/// Bytes of the scratch disk.
+const DISK: u64 = 64 << 20;
+/// Bytes of memory.
+const MEMORY: u64 = 64 << 20;
+/// A guest that takes longer is stuck.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+impl Demo {
+    /// Runs it.
+    pub fn run(&self) -> anyhow::Result<ExitCode> {
+        let started = Instant::now();
+        let scratch = Scratch::new(self.keep)?;
+        let disk = FileDisk::open(&scratch.path, &OpenOptions::default())?;
+        let report = boot(Arc::new(disk), started)?;
+        if self.json {
+            println!("{}", report.json(&scratch.path));
+        } else {
+            print!("{}", report.words(&scratch.path, self.keep));
+        }
+        if let Some(error) = report.error() {
+            bail!("the guest reports: {error}");
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Lets the guest work on `disk` in a partition of this host's KVM.
+fn boot(disk: Arc<dyn Disk>, started: Instant) -> anyhow::Result<Report> {
+    let config = MachineConfig {
+        guest: Guest::Builtin { work: WORK.to_owned() },
+        memory: MEMORY,
+        vps: 1,
+        synic: SynicOption::Auto,
+    };
+    let lines = Lines::default();
+    let mut machine = Machine::new(&config, || Ok(Box::new(lines.clone())))?;
+    let interface = machine.hyper_v();
+    let mut controller = ControllerBuilder::new(0);
+    controller.attach(Some(0), disk)?;
+    let devices = vec![Box::new(controller.build(1)) as _];
+    let host = Host::new(machine.memory().clone(), machine.synic(), 1, devices)
+        .context("cannot start the VMBus")?;
+    let sink = host.sink();
+    lines.start(Counting {
+        started: Instant::now(),
+        exits: machine.exit_counters(),
+        kernel: machine.kernel_counters(),
+        host,
+    });
+
+    let stop = machine.stop_handle();
+    let (ended, watch) = std::sync::mpsc::channel::<()>();
+    let watchdog = thread::Builder::new().name("watchdog".into()).spawn(move || {
+        if watch.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            stop.stop(StopReason::Stopped);
+        }
+    })?;
+    let reason = machine.run(&sink);
+    drop(ended);
+    let _ = watchdog.join();
+    let status = machine.exit_status();
+    // With it goes the serial port, which writes what it still has.
+    drop(machine);
+    match reason {
+        StopReason::PowerOff => {}
+        StopReason::Reset | StopReason::TripleFault => bail!("the built-in guest broke down"),
+        StopReason::Stopped => bail!("the guest was not done after {} s", PATIENCE.as_secs()),
+        StopReason::Error(what) => bail!(what),
+    }
+    let host = match interface {
+        HyperV::Kernel => "KVM with its own Hyper-V support",
+        HyperV::User => {
+            "KVM; it has no Hyper-V support, so partita serves the interface from user space"
+        }
+        HyperV::Absent => "KVM",
+    };
+    Ok(Report::new(host, lines.finish(), status, started.elapsed()))
+}
+
+/// The guest's console: parts what comes into lines, and stamps each.
+#[derive(Clone, Default)]
+struct Lines(Arc<LinesShared>);
+
+#[derive(Default)]
+struct LinesShared {
+    counting: OnceLock<Counting>,
+    text: Mutex<(Vec<u8>, Vec<Stamped>)>,
+}
+
+/// Where the counts of a stamp come from.
+struct Counting {
+    started: Instant,
+    exits: Vec<Arc<ExitCounters>>,
+    kernel: Vec<KernelCounters>,
+    host: Host,
+}
+
+impl Counting {
+    fn costs(&self) -> Costs {
+        // The guest's console takes an exit for each byte; what is measured are the disks.
+        let user = |exits: &Arc<ExitCounters>| exits.total() - exits.get(ExitKind::PortWrite);
+        let console: u64 = self.exits.iter().map(|exits| exits.get(ExitKind::PortWrite)).sum();
+        let kernel = self.kernel.iter().filter_map(|kernel| kernel.get("exits")).sum::<u64>();
+        let (mut signals, mut interrupts) = (0, 0);
+        for (_, _, counters) in self.host.counters() {
+            signals += counters.signals.get();
+            interrupts += counters.interrupts.get();
+        }
+        Costs {
+            exits: (!self.kernel.is_empty()).then(|| kernel.saturating_sub(console)),
+            user_exits: self.exits.iter().map(user).sum(),
+            signals,
+            interrupts,
+        }
+    }
+}
+
+impl Lines {
+    fn start(&self, counting: Counting) {
+        let _ = self.0.counting.set(counting);
+    }
+
+    fn finish(&self) -> Vec<Stamped> {
+        std::mem::take(&mut self.0.text.lock().unwrap_or_else(PoisonError::into_inner).1)
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut text = self.0.text.lock().unwrap_or_else(PoisonError::into_inner);
+        let (part, lines) = &mut *text;
+        for &byte in bytes {
+            if byte != b'\n' {
+                part.push(byte);
+                continue;
+            }
+            let text = String::from_utf8_lossy(part).into_owned();
+            part.clear();
+            if let Some(counting) = self.0.counting.get() {
+                let (after, costs) = (counting.started.elapsed(), counting.costs());
+                lines.push(Stamped { text, after, costs });
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The scratch disk: a sparse file, in memory where the host has a place for such files.
+struct Scratch {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Scratch {
+    fn new(keep: bool) -> anyhow::Result<Self> {
+        let memory = PathBuf::from("/dev/shm");
+        let folder = if memory.is_dir() && !keep { memory } else { std::env::temp_dir() };
+        let path = folder.join(format!("partita-demo-{}.img", std::process::id()));
+        let file = std::fs::File::create_new(&path)
+            .with_context(|| format!("cannot make the scratch disk {}", path.display()))?;
+        let scratch = Self { path, keep };
+        file.set_len(DISK).context("cannot give the scratch disk its size")?;
+        Ok(scratch)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if !self.keep {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

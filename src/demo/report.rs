@@ -1,0 +1,304 @@
+//! What the guest said, put into words.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::time::Duration;
+
+/// What had been counted at some moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Costs {
+    /// Exits of the processor, if the host counts those that never come out of the kernel; without
+    /// those for the guest's console.
+    pub exits: Option<u64>,
+    /// Exits to the program.
+    pub user_exits: u64,
+    /// Signals that the service provider has heard.
+    pub signals: u64,
+    /// Interrupts that it has raised.
+    pub interrupts: u64,
+}
+
+impl Costs {
+    fn since(self, before: Self) -> Self {
+        Self {
+            exits: self.exits.zip(before.exits).map(|(now, before)| now.saturating_sub(before)),
+            user_exits: self.user_exits.saturating_sub(before.user_exits),
+            signals: self.signals.saturating_sub(before.signals),
+            interrupts: self.interrupts.saturating_sub(before.interrupts),
+        }
+    }
+}
+
+/// A line of the guest's console.
+#[derive(Clone, Debug)]
+pub struct Stamped {
+    /// Without its newline.
+    pub text: String,
+    /// When it came, since the guest was switched on.
+    pub after: Duration,
+    /// What had been counted.
+    pub costs: Costs,
+}
+
+impl Stamped {
+    /// The value of a field, without quotes: objects here are flat, and no string has quotes in it
+    /// that would matter.
+    fn field(&self, key: &str) -> Option<&str> {
+        let (_, rest) = self.text.split_once(&format!("\"{key}\":"))?;
+        match rest.strip_prefix('"') {
+            Some(string) => string.split('"').next(),
+            None => rest.split([',', '}']).next(),
+        }
+    }
+
+    fn number(&self, key: &str) -> u64 {
+        self.field(key).and_then(|value| value.parse().ok()).unwrap_or(0)
+    }
+
+    fn is(&self, key: &str, value: &str) -> bool {
+        self.field(key) == Some(value)
+    }
+}
+
+/// A run of the demo.
+#[derive(Debug)]
+pub struct Report {
+    host: &'static str,
+    lines: Vec<Stamped>,
+    status: Option<u32>,
+    time: Duration,
+}
+
+impl Report {
+    /// The guest's lines, its exit status, and how long all of it took.
+    pub fn new(
+        host: &'static str,
+        lines: Vec<Stamped>,
+        status: Option<u32>,
+        time: Duration,
+    ) -> Self {
+        Self { host, lines, status, time }
+    }
+
+    /// What went wrong, if something did.
+    pub fn error(&self) -> Option<String> {
+        let said = self.lines.iter().find_map(|line| line.field("error"));
+        match (said, self.status) {
+            (Some(error), _) => Some(error.to_owned()),
+            (None, Some(0)) => None,
+            (None, status) => Some(format!("status {}", status.unwrap_or(u32::MAX))),
+        }
+    }
+
+    /// Results of measurements, with what each request took.
+    fn benches(&self) -> impl Iterator<Item = (&Stamped, Costs)> {
+        self.lines.windows(2).filter_map(|pair| match pair {
+            [begin, result] if result.is("result", "bench") => {
+                Some((result, result.costs.since(begin.costs)))
+            }
+            _ => None,
+        })
+    }
+
+    /// For people.
+    pub fn words(&self, disk: &Path, kept: bool) -> String {
+        let mut out = String::new();
+        let mut say = |head: &str, text: String| {
+            let _ = writeln!(out, "  {head:<8}{text}");
+        };
+        say("host", self.host.to_owned());
+        let first = self.lines.first().map_or(Duration::ZERO, |line| line.after);
+        for line in &self.lines {
+            if line.is("event", "connected") {
+                say(
+                    "guest",
+                    format!(
+                        "the built-in one; on the VMBus, version {}, {:.1} ms after power-on, and \
+                         offered {}",
+                        line.field("version").unwrap_or("?"),
+                        first.as_secs_f64() * 1e3,
+                        counted(line.number("offers"), "device"),
+                    ),
+                );
+            } else if line.is("event", "opened") {
+                say(
+                    "channel",
+                    format!(
+                        "{} opened: a SCSI controller with {}",
+                        line.number("channel"),
+                        counted(line.number("disks"), "disk"),
+                    ),
+                );
+            } else if line.is("result", "identify") {
+                say(
+                    "disk",
+                    format!(
+                        "{} {}, {} in blocks of {} bytes: the file {}",
+                        line.field("vendor").unwrap_or("?"),
+                        line.field("product").unwrap_or("?"),
+                        size(line.number("bytes")),
+                        line.number("block_size"),
+                        disk.display(),
+                    ),
+                );
+            } else if line.is("result", "verify") {
+                let bytes = line.number("bytes");
+                let rate = |key| size(per_second(bytes, line.number(key)));
+                say(
+                    "verify",
+                    format!(
+                        "{} written ({}/s), flushed, read back ({}/s) and compared: all equal,",
+                        size(bytes),
+                        rate("write_nanoseconds"),
+                        rate("read_nanoseconds"),
+                    ),
+                );
+                say("", format!("checksum {}", line.field("checksum").unwrap_or("?")));
+            }
+        }
+        for (line, costs) in self.benches() {
+            let ios = line.number("ios").max(1);
+            let each = |count: u64| count as f64 / ios as f64;
+            let exits = match costs.exits {
+                Some(exits) => format!("{:.2} exits", each(exits)),
+                None => format!("{:.2} exits to user space", each(costs.user_exits)),
+            };
+            say(
+                "read",
+                format!(
+                    "{} at random, {:>2} at a time: {:>7} a second; each took {exits}, {:.2} signals \
+                     and {:.2} interrupts",
+                    size(line.number("bs")),
+                    line.number("depth"),
+                    line.number("iops"),
+                    each(costs.signals),
+                    each(costs.interrupts),
+                ),
+            );
+        }
+        let end = match self.error() {
+            None => "the guest switched itself off".to_owned(),
+            Some(error) => format!("the guest failed: {error}"),
+        };
+        say("end", format!("{end}; {:.2} s in all", self.time.as_secs_f64()));
+        if kept {
+            say("kept", format!("{}", disk.display()));
+        }
+        out
+    }
+
+    /// For machines: one object.
+    pub fn json(&self, disk: &Path) -> String {
+        let mut benches = Vec::new();
+        for (line, costs) in self.benches() {
+            let exits = costs.exits.map_or("null".to_owned(), |exits| exits.to_string());
+            benches.push(format!(
+                "{{\"depth\":{},\"ios\":{},\"iops\":{},\"exits\":{exits},\"user_exits\":{},\
+                 \"signals\":{},\"interrupts\":{}}}",
+                line.number("depth"),
+                line.number("ios"),
+                line.number("iops"),
+                costs.user_exits,
+                costs.signals,
+                costs.interrupts,
+            ));
+        }
+        let lines: Vec<&str> = self
+            .lines
+            .iter()
+            .map(|line| line.text.as_str())
+            .filter(|line| line.starts_with('{') && line.ends_with('}'))
+            .collect();
+        format!(
+            "{{\"host\":{},\"disk\":{},\"guest\":[{}],\"benches\":[{}],\"ok\":{},\"seconds\":{:.6}}}",
+            quoted(self.host),
+            quoted(&disk.to_string_lossy()),
+            lines.join(","),
+            benches.join(","),
+            self.error().is_none(),
+            self.time.as_secs_f64(),
+        )
+    }
+}
+
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c.is_control() => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+fn counted(count: u64, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
+fn per_second(count: u64, nanoseconds: u64) -> u64 {
+    (u128::from(count) * 1_000_000_000 / u128::from(nanoseconds.max(1))) as u64
+}
+
+/// A number of bytes, in the largest unit that leaves something before the point.
+fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["bytes", "KiB", "MiB"] {
+        if value < 1024.0 {
+            return if value.fract() == 0.0 {
+                format!("{value} {unit}")
+            } else {
+                format!("{value:.1} {unit}")
+            };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(text: &str, exits: u64) -> Stamped {
+        let costs = Costs { exits: Some(exits), user_exits: 0, signals: exits / 2, interrupts: 0 };
+        Stamped { text: text.to_owned(), after: Duration::from_millis(3), costs }
+    }
+
+    #[test]
+    fn a_measurement_costs_what_was_counted_while_it_ran() {
+        let lines = vec![
+            line(r#"{"event":"connected","bus":"vmbus","version":"5.3","offers":1}"#, 50),
+            line(r#"{"begin":"bench depth=4"}"#, 100),
+            line(r#"{"result":"bench","disk":0,"bs":4096,"depth":4,"ios":200,"iops":1234}"#, 500),
+        ];
+        let report = Report::new("a host", lines, Some(0), Duration::from_secs(1));
+        let words = report.words(Path::new("/x"), false);
+        assert!(words.contains("1 device\n"), "{words}");
+        assert!(words.contains("1234 a second; each took 2.00 exits, 1.00 signals"), "{words}");
+        assert!(words.contains("switched itself off; 1.00 s"), "{words}");
+        let json = report.json(Path::new("/a\"b"));
+        assert!(json.contains(r#""disk":"/a\"b""#), "{json}");
+        assert!(json.contains(r#""exits":400,"user_exits":0,"signals":200"#), "{json}");
+    }
+
+    #[test]
+    fn what_went_wrong_is_told() {
+        let lines = vec![line(r#"{"error":"no disk"}"#, 0)];
+        let report = Report::new("a host", lines, Some(1), Duration::ZERO);
+        assert_eq!(report.error().as_deref(), Some("no disk"));
+        let report = Report::new("a host", Vec::new(), Some(101), Duration::ZERO);
+        assert_eq!(report.error().as_deref(), Some("status 101"));
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size(512), "512 bytes");
+        assert_eq!(size(64 << 20), "64 MiB");
+        assert_eq!(size(3 << 29), "1.5 GiB");
+        assert_eq!(size(1 << 10 | 1 << 9), "1.5 KiB");
+    }
+}
