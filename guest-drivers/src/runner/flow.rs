@@ -2,10 +2,15 @@
 
 use core::hint::spin_loop;
 
+use vsc::storvsc::Fault;
+
 use super::RunError;
-use crate::block::{BlockDriver, Completion, Operation, Request};
+use crate::block::{BlockDriver, BlockError, Completion, Operation, Request};
 use crate::memory::{PAGE, Pages};
 use crate::platform::Platform;
+
+/// How long the disk may take for any answer, in nanoseconds.
+const PATIENCE: u64 = 60_000_000_000;
 
 /// Requests, their memory, and the disk they go to.
 pub(super) struct Flow<'a, 'w, P> {
@@ -73,6 +78,7 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
         let all = self.free;
         let (mut more, mut count) = (true, 0);
         let mut active = self.platform.now();
+        let mut answered = active;
         loop {
             let now = self.platform.now();
             while more && self.free != 0 {
@@ -127,7 +133,9 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
                 ended(self.buffer(slot as u16)?, place)?;
             }
             if taken > 0 {
-                active = now;
+                (active, answered) = (now, now);
+            } else if now.saturating_sub(answered) > PATIENCE {
+                return Err(BlockError::from(Fault::TimedOut).into());
             } else if now.saturating_sub(active) < self.spin {
                 spin_loop();
             } else {
@@ -143,7 +151,11 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
         self.disk.submit(&Request { slot: 0, operation, block: 0, blocks: 0, data: None })?;
         self.disk.publish();
         let mut outcome = None;
+        let until = self.platform.now().saturating_add(PATIENCE);
         while outcome.is_none() {
+            if self.platform.now() > until {
+                return Err(BlockError::from(Fault::TimedOut).into());
+            }
             if self.disk.poll(&mut |completion| outcome = Some(completion.outcome))? == 0 {
                 self.disk.sleep();
             }

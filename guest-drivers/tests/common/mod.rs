@@ -1,0 +1,178 @@
+//! A guest's world within this process: memory, a SynIC of one processor, a clock.
+#![allow(unsafe_code, dead_code)] // guest memory is handed to the guest; not all tests use all
+
+use std::collections::HashMap;
+use std::io;
+use std::ptr::NonNull;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use guest_drivers::memory::{PAGE, Pages};
+use guest_drivers::platform::{Message, Platform, PlatformCounters};
+use hypervisor::synic::{
+    self, ConnectionId, EventFlag, EventPort, MessageSink, Posted, Sint, Synic,
+};
+use hypervisor::{GuestMemory, VpIndex};
+use vmbus::client::HvStatus;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// What both ends of a partition without a hypervisor share.
+pub struct World {
+    state: Mutex<State>,
+    raised: Condvar,
+    slot_free: EventFd,
+}
+
+#[derive(Default)]
+struct State {
+    slot: Option<synic::Message>,
+    slot_wanted: bool,
+    flags: Vec<u16>,
+    /// Interrupts since the guest last slept.
+    pending: bool,
+    interrupts: u64,
+    halts: u64,
+    doorbells: HashMap<u32, EventFd>,
+}
+
+impl World {
+    pub fn new() -> Arc<Self> {
+        let slot_free = EventFd::new(EFD_NONBLOCK).unwrap();
+        Arc::new(Self { state: Mutex::default(), raised: Condvar::new(), slot_free })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn raise(&self, state: &mut State) {
+        state.pending = true;
+        state.interrupts += 1;
+        self.raised.notify_all();
+    }
+}
+
+/// The root's side of the world.
+pub struct Root(pub Arc<World>);
+
+struct Port {
+    world: Arc<World>,
+    flag: u16,
+}
+
+impl EventPort for Port {
+    fn signal(&self) -> bool {
+        let mut state = self.world.lock();
+        if state.flags.contains(&self.flag) {
+            return false;
+        }
+        state.flags.push(self.flag);
+        self.world.raise(&mut state);
+        true
+    }
+
+    fn retarget(&self, _: VpIndex) {}
+}
+
+impl Synic for Root {
+    fn post(&self, _: VpIndex, sint: Sint, message: &synic::Message) -> Posted {
+        assert_eq!(sint, Sint::VMBUS);
+        let mut state = self.0.lock();
+        if state.slot.is_some() {
+            state.slot_wanted = true;
+            return Posted::Busy;
+        }
+        state.slot = Some(*message);
+        self.0.raise(&mut state);
+        Posted::Delivered
+    }
+
+    fn slot_free(&self) -> &EventFd {
+        &self.0.slot_free
+    }
+
+    fn bind(&self, connection: ConnectionId, event: &EventFd) -> io::Result<()> {
+        self.0.lock().doorbells.insert(connection.get(), event.try_clone()?);
+        Ok(())
+    }
+
+    fn unbind(&self, connection: ConnectionId, _: &EventFd) -> io::Result<()> {
+        self.0.lock().doorbells.remove(&connection.get());
+        Ok(())
+    }
+
+    fn event_port(&self, _: VpIndex, sint: Sint, flag: EventFlag) -> Option<Arc<dyn EventPort>> {
+        assert_eq!(sint, Sint::VMBUS);
+        Some(Arc::new(Port { world: Arc::clone(&self.0), flag: flag.get() }))
+    }
+}
+
+/// The guest's side of the world.
+pub struct Guest {
+    pub world: Arc<World>,
+    pub memory: GuestMemory,
+    pub sink: Arc<dyn MessageSink>,
+    pub started: Instant,
+    pub lines: Mutex<Vec<String>>,
+}
+
+/// The guest leaves its first pages alone, so that numbers are no indices.
+const FIRST: u64 = 16;
+
+impl Platform for Guest {
+    fn memory(&self) -> Pages<'_> {
+        let region = self.memory.regions().next().unwrap();
+        let start = NonNull::new(region.host.wrapping_add(FIRST as usize * PAGE)).unwrap();
+        // SAFETY: it is mapped as long as `self.memory` is, and the root uses it by atomics and
+        // volatile accesses.
+        unsafe { Pages::new(start, FIRST, region.len as usize / PAGE - FIRST as usize) }
+    }
+
+    fn post_message(&self, connection: u32, message_type: u32, payload: &[u8]) -> HvStatus {
+        HvStatus(self.sink.post(ConnectionId::new(connection), message_type, payload).0)
+    }
+
+    fn signal_event(&self, connection: u32) {
+        self.world.lock().doorbells[&connection].write(1).unwrap();
+    }
+
+    fn take_message(&self) -> Option<Message> {
+        let mut state = self.world.lock();
+        let message = state.slot.take()?;
+        if std::mem::take(&mut state.slot_wanted) {
+            self.world.slot_free.write(1).unwrap();
+        }
+        let payload = &message.payload[..message.payload_size.into()];
+        Some(Message::new(message.message_type, payload))
+    }
+
+    fn take_event(&self, flag: u32) -> bool {
+        let mut state = self.world.lock();
+        let before = state.flags.len();
+        state.flags.retain(|set| u32::from(*set) != flag);
+        state.flags.len() < before
+    }
+
+    fn idle(&self) {
+        let mut state = self.world.lock();
+        state.halts += 1;
+        // As long as no test takes; a guest that waits in vain then finds out by its clock.
+        let limit = Duration::from_secs(20);
+        let (mut state, _) =
+            self.world.raised.wait_timeout_while(state, limit, |state| !state.pending).unwrap();
+        state.pending = false;
+    }
+
+    fn now(&self) -> u64 {
+        self.started.elapsed().as_nanos() as u64
+    }
+
+    fn line(&self, text: &str) {
+        self.lines.lock().unwrap().push(text.to_owned());
+    }
+
+    fn counters(&self) -> PlatformCounters {
+        let state = self.world.lock();
+        PlatformCounters { halts: state.halts, interrupts: state.interrupts }
+    }
+}
