@@ -46,6 +46,18 @@ impl Files {
 }
 
 #[test]
+fn a_kernel_or_the_builtin_guest() {
+    let line = refusal(&["run", "--kernel", "k", "--builtin", "identify"]);
+    assert!(line.starts_with("the argument '--kernel <FILE>' cannot be used with"), "{line}");
+    assert!(line.contains("--builtin"), "{line}");
+    let line = refusal(&["run"]);
+    assert!(line.contains("--kernel <FILE>"), "{line}");
+    let work = "x".repeat(5000);
+    let line = refusal(&["run", "--builtin", &work]);
+    assert!(line.contains("takes 4064 bytes of work, not 5000"), "{line}");
+}
+
+#[test]
 fn disks() {
     let files = Files::new();
     let line = |name: &str| files.refused_disk(&format!("path={}", files.at(name)));
