@@ -42,7 +42,8 @@ fn all_work_is_done_and_reported() {
     let disk = Arc::new(RamDisk::new(4 << 20).unwrap());
     let work = "identify; verify bytes=2M bs=16k; bench time=20ms bs=512 spin=0us;\
                 bench time=20ms depth=64; bench pattern=seq rw=write bs=128k depth=3 time=20ms";
-    let (status, lines) = run(&[&[disk.clone()]], work);
+    let attached: Arc<dyn backends::block::Disk> = disk.clone();
+    let (status, lines) = run(&[&[attached]], work);
     assert_eq!(status, status::DONE, "{lines:#?}");
     assert_eq!(
         lines[..3],

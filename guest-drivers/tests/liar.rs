@@ -59,7 +59,7 @@ impl Liar {
         self.lies[at % self.lies.len()].wrapping_add((at / self.lies.len()) as u64)
     }
 
-    fn answer(&self, message: impl IntoBytes + zerocopy::Immutable) {
+    fn answer(&self, message: &(impl IntoBytes + zerocopy::Immutable)) {
         let mut bytes = message.as_bytes().to_vec();
         match self.honest.get().checked_sub(1) {
             Some(left) => self.honest.set(left),
@@ -81,27 +81,27 @@ impl Liar {
                 let mut response = VersionResponse::new_zeroed();
                 response.header = Header::new(MessageKind::VersionResponse);
                 (response.supported, response.connection) = (1, 4);
-                self.answer(response);
+                self.answer(&response);
             }
             MessageKind::RequestOffers => {
                 let mut offer = OfferChannel::new_zeroed();
                 offer.header = Header::new(MessageKind::OfferChannel);
                 (offer.class, offer.relid, offer.connection) = (SCSI_CLASS, Relid(1), 0x2001);
-                self.answer(offer);
-                self.answer(Header::new(MessageKind::AllOffersDelivered));
+                self.answer(&offer);
+                self.answer(&Header::new(MessageKind::AllOffersDelivered));
             }
             MessageKind::GpadlHeader => {
                 let gpadl = GpadlId(u32::from_le_bytes(payload[12..16].try_into().unwrap()));
                 let header = Header::new(MessageKind::GpadlCreated);
-                self.answer(GpadlCreated { header, relid: Relid(1), gpadl, status: 0 });
+                self.answer(&GpadlCreated { header, relid: Relid(1), gpadl, status: 0 });
             }
             MessageKind::OpenChannel => {
                 let (open, _) = OpenChannel::read_from_prefix(payload).unwrap();
                 let header = Header::new(MessageKind::OpenResult);
                 let (relid, open_id) = (open.relid, open.open_id);
-                self.answer(OpenResult { header, relid, open_id, status: 0 });
+                self.answer(&OpenResult { header, relid, open_id, status: 0 });
             }
-            MessageKind::Unload => self.answer(Header::new(MessageKind::UnloadResponse)),
+            MessageKind::Unload => self.answer(&Header::new(MessageKind::UnloadResponse)),
             _ => {}
         }
     }
@@ -118,7 +118,8 @@ impl Liar {
                 _ => (place >> 2) as usize % words.len(),
             };
             // Plausible values hurt most.
-            let value = if value % 2 == 0 { value >> 1 & 0x0000_0fff_0000_0fff } else { value };
+            let value =
+                if value.is_multiple_of(2) { value >> 1 & 0x0000_0fff_0000_0fff } else { value };
             words[at].store(value, Ordering::Relaxed);
         }
     }
@@ -131,7 +132,7 @@ impl Platform for Liar {
     }
 
     fn post_message(&self, _: u32, _: u32, payload: &[u8]) -> HvStatus {
-        if self.honest.get() == 0 && self.lie() % 16 == 0 {
+        if self.honest.get() == 0 && self.lie().is_multiple_of(16) {
             return HvStatus(self.lie() as u16);
         }
         self.hear(payload);
@@ -144,7 +145,7 @@ impl Platform for Liar {
 
     fn take_message(&self) -> Option<Message> {
         let honest = self.answers.borrow_mut().pop();
-        if honest.is_none() && self.honest.get() == 0 && self.lie() % 64 == 0 {
+        if honest.is_none() && self.honest.get() == 0 && self.lie().is_multiple_of(64) {
             let lie: Vec<u8> =
                 (0..self.lie() % 30).flat_map(|_| self.lie().to_le_bytes()).collect();
             return Some(Message::new(self.lie() as u32, &lie));
@@ -153,7 +154,7 @@ impl Platform for Liar {
     }
 
     fn take_event(&self, _: u32) -> bool {
-        self.lie() % 2 == 0
+        self.lie().is_multiple_of(2)
     }
 
     fn idle(&self) {

@@ -110,8 +110,10 @@ impl Machine {
     /// A word of a page that the hypervisor writes to.
     fn word(page: NonNull<u8>, offset: usize) -> &'static AtomicU32 {
         debug_assert!(offset < PAGE && offset.is_multiple_of(4));
-        // SAFETY: in the page, which is static; all who look at it here do so by atomics.
-        unsafe { page.add(offset).cast().as_ref() }
+        // SAFETY: in the page.
+        let word = unsafe { page.add(offset) }.cast::<AtomicU32>();
+        // SAFETY: the page is static, and all who look at it here do so by atomics.
+        unsafe { word.as_ref() }
     }
 }
 
