@@ -74,12 +74,7 @@ fn wait(child: &mut Child) -> ExitStatus {
 
 /// Everything that two states of a terminal can differ in.
 fn modes(of: &Termios) -> [u32; 4] {
-    [
-        of.input_modes.bits(),
-        of.output_modes.bits(),
-        of.control_modes.bits(),
-        of.local_modes.bits(),
-    ]
+    [of.input_modes.bits(), of.output_modes.bits(), of.control_modes.bits(), of.local_modes.bits()]
 }
 
 #[test]
