@@ -2,7 +2,7 @@
 # One disk image on a tmpfs, read by the same guest under Partita and under QEMU with virtio-blk and
 # an iothread, in turn, in one run of the lab. Only the ratios mean anything: under software
 # emulation every exit is dear. Run with
-#   cargo xtask lab --peers --file benches/lab/storage.sh --file benches/lab/storage.guest.sh -- sh /lab/files/storage.sh
+#   cargo xtask lab --peers --all-cores --file benches/lab:/lab/benches -- sh /lab/benches/storage.sh
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 rounds=${ROUNDS:-2}
