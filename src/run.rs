@@ -30,9 +30,16 @@ Examples:
   partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2
   partita run --kernel vmlinuz --disk path=a.img --disk path=b.img,readonly=on,lun=5 \\
       --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
+  partita run --builtin 'identify; bench rw=read bs=4k depth=32 time=2s' --disk path=a.img
 
 Disks take path=PATH and, separated by commas: attach=scsi, controller=0..3, lun=0..63,
-readonly=on|off, direct=on|off, id=NAME. A comma in a value is written twice.")]
+readonly=on|off, direct=on|off, id=NAME. A comma in a value is written twice.
+
+The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
+  identify [disk=N]
+  verify   [disk=N] [bytes=16M] [bs=64k] [depth=8] [seed=N]    overwrites the disk
+  bench    [disk=N] [pattern=rand|seq] [rw=read|write] [bs=4k] [depth=1] [time=1s] [spin=100us]
+Disks are counted from 0, by controller and LUN. rw=write overwrites the disk.")]
 pub struct Run {
     /// The kernel: a bzImage or an ELF vmlinux
     #[arg(long, value_name = "FILE", required_unless_present = "builtin")]
