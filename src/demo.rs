@@ -6,8 +6,9 @@
 
 mod report;
 
+use std::fs::File;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -48,8 +49,13 @@ const WORK: &str = "identify; verify bytes=16M; \
 
 /// Bytes of the scratch disk.
 const DISK: u64 = 64 << 20;
+/// Where Linux has files in memory, usually.
+const MEMORY_FILES: &str = "/dev/shm";
 /// Bytes of memory.
 const MEMORY: u64 = 64 << 20;
+/// What of a guest's line is kept, in bytes, and how many of its lines.
+const LONGEST_LINE: usize = 4096;
+const MOST_LINES: usize = 1000;
 /// A guest that takes longer is stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -59,11 +65,14 @@ impl Demo {
         let started = Instant::now();
         let scratch = Scratch::new(self.keep)?;
         let disk = FileDisk::open(&scratch.path, &OpenOptions::default())?;
+        // From here on the file has no name: however the program ends, nothing is left behind.
+        let place = scratch.place();
+        let kept = scratch.let_go();
         let report = boot(Arc::new(disk), started)?;
         if self.json {
-            println!("{}", report.json(&scratch.path));
+            println!("{}", report.json(kept.as_deref()));
         } else {
-            print!("{}", report.words(&scratch.path, self.keep));
+            print!("{}", report.words(&place, kept.as_deref()));
         }
         if let Some(error) = report.error() {
             bail!("the guest reports: {error}");
@@ -179,12 +188,16 @@ impl Write for Lines {
         let (part, lines) = &mut *text;
         for &byte in bytes {
             if byte != b'\n' {
-                part.push(byte);
+                if part.len() < LONGEST_LINE {
+                    part.push(byte);
+                }
                 continue;
             }
             let text = String::from_utf8_lossy(part).into_owned();
             part.clear();
-            if let Some(counting) = self.0.counting.get() {
+            if let Some(counting) = self.0.counting.get()
+                && lines.len() < MOST_LINES
+            {
                 let (after, costs) = (counting.started.elapsed(), counting.costs());
                 lines.push(Stamped { text, after, costs });
             }
@@ -205,14 +218,30 @@ struct Scratch {
 
 impl Scratch {
     fn new(keep: bool) -> anyhow::Result<Self> {
-        let memory = PathBuf::from("/dev/shm");
-        let folder = if memory.is_dir() && !keep { memory } else { std::env::temp_dir() };
+        let memory = Path::new(MEMORY_FILES);
+        let folder =
+            if memory.is_dir() && !keep { memory.to_owned() } else { std::env::temp_dir() };
         let path = folder.join(format!("partita-demo-{}.img", std::process::id()));
-        let file = std::fs::File::create_new(&path)
+        let file = File::create_new(&path)
             .with_context(|| format!("cannot make the scratch disk {}", path.display()))?;
         let scratch = Self { path, keep };
         file.set_len(DISK).context("cannot give the scratch disk its size")?;
         Ok(scratch)
+    }
+
+    /// In words, what kind of file it is.
+    fn place(&self) -> String {
+        let folder = self.path.parent().unwrap_or(&self.path).display();
+        if self.path.starts_with(MEMORY_FILES) {
+            format!("a file in memory ({folder})")
+        } else {
+            format!("a file in {folder}")
+        }
+    }
+
+    /// Removes the file, which those who have it open still have, unless it is to be kept.
+    fn let_go(mut self) -> Option<PathBuf> {
+        self.keep.then(|| std::mem::take(&mut self.path))
     }
 }
 

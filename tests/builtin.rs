@@ -102,7 +102,11 @@ fn the_demo_shows_what_happened_and_leaves_nothing() {
     }
     let json = output(&["demo", "--json"]);
     assert!(json.starts_with('{') && json.ends_with("}\n") && json.contains(r#""ok":true"#));
-    let (_, rest) = json.split_once(r#""disk":""#).unwrap();
-    let disk = rest.split('"').next().unwrap();
-    assert!(!Path::new(disk).exists(), "{disk} was left behind");
+    assert!(json.contains(r#""kept":null"#), "{json}");
+
+    let json = output(&["demo", "--json", "--keep"]);
+    let (_, rest) = json.split_once(r#""kept":""#).unwrap();
+    let kept = Path::new(rest.split('"').next().unwrap());
+    assert_eq!(std::fs::metadata(kept).unwrap().len(), 64 << 20);
+    std::fs::remove_file(kept).unwrap();
 }

@@ -101,7 +101,7 @@ impl Report {
     }
 
     /// For people.
-    pub fn words(&self, disk: &Path, kept: bool) -> String {
+    pub fn words(&self, place: &str, kept: Option<&Path>) -> String {
         let mut out = String::new();
         let mut say = |head: &str, text: String| {
             let _ = writeln!(out, "  {head:<8}{text}");
@@ -133,12 +133,11 @@ impl Report {
                 say(
                     "disk",
                     format!(
-                        "{} {}, {} in blocks of {} bytes: the file {}",
+                        "{} {}, {} in blocks of {} bytes: {place}",
                         line.field("vendor").unwrap_or("?"),
                         line.field("product").unwrap_or("?"),
                         size(line.number("bytes")),
                         line.number("block_size"),
-                        disk.display(),
                     ),
                 );
             } else if line.is("result", "verify") {
@@ -166,8 +165,8 @@ impl Report {
             say(
                 "read",
                 format!(
-                    "{} at random, {:>2} at a time: {:>7} a second; each took {exits}, {:.2} signals \
-                     and {:.2} interrupts",
+                    "{} at random, {:>2} at a time: {:>7} a second; {exits}, {:.2} signals, {:.2} \
+                     interrupts each",
                     size(line.number("bs")),
                     line.number("depth"),
                     line.number("iops"),
@@ -176,19 +175,30 @@ impl Report {
                 ),
             );
         }
+        if self.benches().next().is_some() {
+            say(
+                "",
+                "(exit: the processor leaves the guest; signal: the guest wakes the disk's"
+                    .to_owned(),
+            );
+            say(
+                "",
+                "service provider; interrupt: the service provider wakes the guest)".to_owned(),
+            );
+        }
         let end = match self.error() {
             None => "the guest switched itself off".to_owned(),
             Some(error) => format!("the guest failed: {error}"),
         };
         say("end", format!("{end}; {:.2} s in all", self.time.as_secs_f64()));
-        if kept {
-            say("kept", format!("{}", disk.display()));
+        if let Some(kept) = kept {
+            say("kept", kept.display().to_string());
         }
         out
     }
 
     /// For machines: one object.
-    pub fn json(&self, disk: &Path) -> String {
+    pub fn json(&self, kept: Option<&Path>) -> String {
         let mut benches = Vec::new();
         for (line, costs) in self.benches() {
             let exits = costs.exits.map_or("null".to_owned(), |exits| exits.to_string());
@@ -210,9 +220,9 @@ impl Report {
             .filter(|line| line.starts_with('{') && line.ends_with('}'))
             .collect();
         format!(
-            "{{\"host\":{},\"disk\":{},\"guest\":[{}],\"benches\":[{}],\"ok\":{},\"seconds\":{:.6}}}",
+            "{{\"host\":{},\"kept\":{},\"guest\":[{}],\"benches\":[{}],\"ok\":{},\"seconds\":{:.6}}}",
             quoted(self.host),
-            quoted(&disk.to_string_lossy()),
+            kept.map_or("null".to_owned(), |kept| quoted(&kept.to_string_lossy())),
             lines.join(","),
             benches.join(","),
             self.error().is_none(),
@@ -276,12 +286,12 @@ mod tests {
             line(r#"{"result":"bench","disk":0,"bs":4096,"depth":4,"ios":200,"iops":1234}"#, 500),
         ];
         let report = Report::new("a host", lines, Some(0), Duration::from_secs(1));
-        let words = report.words(Path::new("/x"), false);
+        let words = report.words("a file", None);
         assert!(words.contains("1 device\n"), "{words}");
-        assert!(words.contains("1234 a second; each took 2.00 exits, 1.00 signals"), "{words}");
+        assert!(words.contains("1234 a second; 2.00 exits, 1.00 signals"), "{words}");
         assert!(words.contains("switched itself off; 1.00 s"), "{words}");
-        let json = report.json(Path::new("/a\"b"));
-        assert!(json.contains(r#""disk":"/a\"b""#), "{json}");
+        let json = report.json(Some(Path::new("/a\"b")));
+        assert!(json.contains(r#""kept":"/a\"b""#), "{json}");
         assert!(json.contains(r#""exits":400,"user_exits":0,"signals":200"#), "{json}");
     }
 

@@ -39,7 +39,7 @@ impl Bench {
         let ios = flow.run(operation, next, |_, _| (), |_, _| Ok(()))?;
         let nanoseconds = platform.now().saturating_sub(started).max(1);
 
-        let after = platform.counters();
+        let (after, spun) = (platform.counters(), flow.spun());
         let bytes = ios.saturating_mul(self.bs.into());
         let per_second =
             |count: u64| (u128::from(count) * 1_000_000_000 / u128::from(nanoseconds)) as u64;
@@ -56,6 +56,7 @@ impl Bench {
             .number("bytes_per_second", per_second(bytes))
             .number("signals", disk.counters().signals - signals)
             .number("interrupts", after.interrupts - before.interrupts)
+            .number("spun", spun)
             .number("halts", after.halts - before.halts))
     }
 }

@@ -26,6 +26,8 @@ pub(super) struct Flow<'a, 'w, P> {
     places: [u64; 64],
     /// The slots that have no request, as bits.
     free: u64,
+    /// How often an answer came while it was waited for without sleep.
+    spun: u64,
 }
 
 impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
@@ -47,7 +49,7 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
         let (needed, available) = (pages_of(bs) * usize::from(depth), memory.count());
         let (memory, _) = memory.split(needed).ok_or(RunError::Memory { needed, available })?;
         let free = u64::MAX >> (64 - u32::from(depth));
-        Ok(Self { platform, disk, memory, bs, depth, spin, places: [0; 64], free })
+        Ok(Self { platform, disk, memory, bs, depth, spin, places: [0; 64], free, spun: 0 })
     }
 
     /// How many places of a request's size the disk has.
@@ -60,6 +62,11 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
     /// Requests in flight at a time.
     pub(super) fn depth(&self) -> u16 {
         self.depth
+    }
+
+    /// How often an answer came while it was waited for without sleep.
+    pub(super) fn spun(&self) -> u64 {
+        self.spun
     }
 
     /// Makes requests at the places that `next` gives, told the time, until it gives none, and
@@ -79,6 +86,7 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
         let (mut more, mut count) = (true, 0);
         let mut active = self.platform.now();
         let mut answered = active;
+        let mut spinning = false;
         loop {
             let now = self.platform.now();
             while more && self.free != 0 {
@@ -134,11 +142,14 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
             }
             if taken > 0 {
                 (active, answered) = (now, now);
+                self.spun += u64::from(core::mem::take(&mut spinning));
             } else if now.saturating_sub(answered) > PATIENCE {
                 return Err(BlockError::from(Fault::TimedOut).into());
             } else if now.saturating_sub(active) < self.spin {
                 spin_loop();
+                spinning = true;
             } else {
+                spinning = false;
                 self.disk.sleep();
                 active = self.platform.now();
             }
