@@ -116,18 +116,18 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
             let taken = self.disk.poll(&mut |Completion { slot, outcome }| {
                 let place = self.places.get(usize::from(slot)).copied().unwrap_or(0);
                 let block = block_of(place);
-                match outcome {
-                    _ if slot >= self.depth || (free | done) & 1 << slot != 0 => {
-                        failed = Some(RunError::Unasked);
-                    }
+                let error = match outcome {
+                    _ if slot >= self.depth || (free | done) & 1 << slot != 0 => RunError::Unasked,
                     Ok(bytes) if bytes != bs => {
-                        failed = Some(RunError::Short { operation: name, block, bytes, asked: bs });
+                        RunError::Short { operation: name, block, bytes, asked: bs }
                     }
-                    Ok(_) => done |= 1 << slot,
-                    Err(failure) => {
-                        failed = Some(RunError::Failed { operation: name, block, failure });
+                    Ok(_) => {
+                        done |= 1 << slot;
+                        return;
                     }
-                }
+                    Err(failure) => RunError::Failed { operation: name, block, failure },
+                };
+                failed.get_or_insert(error);
             })?;
             if let Some(error) = failed {
                 return Err(error);

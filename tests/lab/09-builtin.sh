@@ -1,0 +1,28 @@
+#!/bin/sh
+# The built-in guest, by a KVM that has Hyper-V support: it works on two disks by the kernel's
+# interface and by ours, a write that must fail is told, and the demo is whole.
+. "$(dirname "$0")/lib.sh"
+
+truncate -s 32M first.img
+truncate -s 16M second.img
+for synic in kernel user; do
+    partita run --synic $synic --memory 64M \
+        --builtin 'identify; verify disk=1 bytes=8M; bench depth=8 time=200ms' \
+        --disk path=first.img --disk path=second.img,controller=1,lun=3 </dev/null | tee console.log
+    expect '"event":"connected","bus":"vmbus","version":"5.3","offers":2'
+    expect '"disk":1,"driver":"storvsc","controller":1,"lun":3,'
+    expect '"result":"verify","disk":1,"bytes":8388608,'
+    expect '"result":"bench","disk":0,'
+    refute '"error"'
+done
+
+rc=0
+partita run --memory 64M --builtin verify --disk path=first.img,readonly=on </dev/null >console.log ||
+    rc=$?
+[ "$rc" = 1 ] || fail "partita exited with $rc"
+expect '"error":"the write of block .* failed: the unit refused the command with sense 7/27/00"'
+
+partita demo | tee console.log
+expect 'KVM with its own Hyper-V support'
+expect 'all equal'
+expect 'the guest switched itself off'
