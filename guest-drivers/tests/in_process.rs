@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -39,11 +40,9 @@ fn ram(mib: u64) -> Arc<dyn backends::block::Disk> {
 
 #[test]
 fn all_work_is_done_and_reported() {
-    let disk = Arc::new(RamDisk::new(4 << 20).unwrap());
     let work = "identify; verify bytes=2M bs=16k; bench time=20ms bs=512 spin=0us;\
                 bench time=20ms depth=64; bench pattern=seq rw=write bs=128k depth=3 time=20ms";
-    let attached: Arc<dyn backends::block::Disk> = disk.clone();
-    let (status, lines) = run(&[&[attached]], work);
+    let (status, lines) = run(&[&[ram(4)]], work);
     assert_eq!(status, status::DONE, "{lines:#?}");
     assert_eq!(
         lines[..3],
@@ -59,10 +58,20 @@ fn all_work_is_done_and_reported() {
         assert!(line.contains(r#""result":"bench""#) && !line.contains(r#""ios":0,"#), "{line}");
     }
     assert_eq!(lines.len(), 12);
-    // The pattern begins at the disk's start, and its first words differ.
-    let mut bytes = [0; 16];
-    disk.read(2 << 20, &mut bytes);
-    assert_ne!(bytes[..8], bytes[8..]);
+}
+
+#[test]
+fn a_pattern_is_where_it_should_be_and_nowhere_else() {
+    let disk = Arc::new(RamDisk::new(4 << 20).unwrap());
+    let attached: Arc<dyn backends::block::Disk> = disk.clone();
+    let (status, lines) = run(&[&[attached]], "verify bytes=2M bs=16k");
+    assert_eq!(status, status::DONE, "{lines:#?}");
+    let mut bytes = vec![0; 4 << 20];
+    disk.read(0, &mut bytes);
+    let (written, rest) = bytes.split_at(2 << 20);
+    let words: HashSet<_> = written.chunks(8).collect();
+    assert_eq!(words.len(), written.len() / 8, "a word of the pattern comes twice");
+    assert!(rest.iter().all(|byte| *byte == 0));
 }
 
 #[test]

@@ -26,7 +26,7 @@ impl Bench {
             Direction::Write => Operation::Write,
         };
         let mut random = Random::new(places);
-        let mut place = 0;
+        let (mut place, mut none_yet) = (0, true);
         let started = platform.now();
         let until = started.saturating_add(self.time);
         let next = |now: u64| {
@@ -34,7 +34,10 @@ impl Bench {
                 Pattern::Sequential => (place + 1) % places,
                 Pattern::Random => random.below(places),
             };
-            (now < until).then_some(place)
+            // At least one, however late it is.
+            let wanted = now < until || none_yet;
+            none_yet = false;
+            wanted.then_some(place)
         };
         let ios = flow.run(operation, next, |_, _| (), |_, _| Ok(()))?;
         let nanoseconds = platform.now().saturating_sub(started).max(1);
