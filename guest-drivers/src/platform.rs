@@ -60,11 +60,12 @@ pub trait Platform {
     /// another waits for the slot.
     fn take_message(&self) -> Option<Message>;
 
-    /// Whether event flag `flag` of the VMBus's SINT is set; it is not any more.
-    fn take_event(&self, flag: u32) -> bool;
-
-    /// Sleeps until there is a message or an event. Returns at once if one came since the last
-    /// time, and may return without cause.
+    /// Sleeps until there is a message or an event, and then clears all event flags of the VMBus's
+    /// SINT: whoever has slept looks into the rings. Returns at once if an interrupt came since the
+    /// last time, and may return without cause.
+    ///
+    /// All flags, as a flag that stays set brings no interrupt any more: that of another channel,
+    /// whose driver does not wait now, would be missed when it does.
     fn idle(&self);
 
     /// Nanoseconds since some moment; never fewer than before.

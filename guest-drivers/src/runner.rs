@@ -224,8 +224,7 @@ impl<'w, P: Platform> Disks<'w, P> {
         for ((index, relid), (place, units)) in (0..).zip(channels).take(found).zip(places) {
             let ring = memory.take(RING_PAGES).ok_or(BusError::Memory)?;
             let channel = bus.open(relid, ring)?;
-            let controller =
-                place.insert(Controller::connect(platform, relid, index, channel, memory)?);
+            let controller = place.insert(Controller::connect(platform, index, channel, memory)?);
             *units = controller.units()?;
             let count = units.count_ones();
             disks.count += count as usize;

@@ -1,7 +1,6 @@
 //! Disks of synthetic SCSI controllers, by [`vsc::storvsc`].
 
 use vmbus::mapped::SingleMapped;
-use vmbus::protocol::Relid;
 use vmbus::vstor::DataDirection;
 use vsc::Signal;
 use vsc::storvsc::{Command, Disk, IdentifyError, PageList, Pages as PageView, words};
@@ -32,7 +31,6 @@ type ScsiQueue<'w, P> = Queue<SingleMapped<'w>, Signal<Calls<'w, P>>, { MAX_DEPT
 /// A controller, its channel open.
 pub struct Controller<'w, P: Platform> {
     platform: &'w P,
-    relid: Relid,
     index: u8,
     queue: ScsiQueue<'w, P>,
     max_transfer: u32,
@@ -55,32 +53,29 @@ impl Scratch for ScratchPage<'_> {
     }
 }
 
-/// Waits for the interrupt of channel `relid`, for an answer that should not take long.
-fn waiting<P: Platform>(platform: &P, relid: Relid) -> impl FnMut() -> bool {
+/// Waits for an interrupt, for an answer that should not take long.
+fn waiting<P: Platform>(platform: &P) -> impl FnMut() -> bool {
     let until = platform.now().saturating_add(PATIENCE);
     move || {
         platform.idle();
-        platform.take_event(relid.0);
         platform.now() < until
     }
 }
 
 impl<'w, P: Platform> Controller<'w, P> {
-    /// Takes the controller whose channel `relid` was opened into use. It needs a page, the first
+    /// Takes the controller whose channel was opened into use. It needs a page, the first
     /// of `memory`.
     pub fn connect(
         platform: &'w P,
-        relid: Relid,
         index: u8,
         channel: OpenChannel<'w, P>,
         memory: &mut Pages<'w>,
     ) -> Result<Self, BlockError> {
         let page = memory.take(1).ok_or(BlockError::Request)?;
         let list = PageList::new(PAGE as u32, 0, page.numbers()).ok_or(BlockError::Request)?;
-        let (queue, agreement) = Queue::connect(channel, 0, waiting(platform, relid))?;
+        let (queue, agreement) = Queue::connect(channel, 0, waiting(platform))?;
         Ok(Self {
             platform,
-            relid,
             index,
             queue,
             max_transfer: agreement.max_transfer.min((TRANSFER_PAGES * PAGE) as u32),
@@ -95,7 +90,7 @@ impl<'w, P: Platform> Controller<'w, P> {
         let cdb = [0xa0, 0, 0, 0, 0, 0, a, b, c, d, 0, 0];
         let command = Command::new(0, &cdb, DataDirection::Read).ok_or(BlockError::Request)?;
         let data = self.scratch.pages(LEN as u32).ok_or(BlockError::Request)?;
-        let outcome = self.queue.run(&command, Some(data), waiting(self.platform, self.relid))?;
+        let outcome = self.queue.run(&command, Some(data), waiting(self.platform))?;
         let Ok(len) = outcome else {
             return Ok(1); // a controller that does not know the command; unit 0 is there if any is
         };
@@ -119,7 +114,7 @@ impl<'w, P: Platform> Controller<'w, P> {
 
     /// The disk at `lun`; `None` if there is none.
     pub fn disk(&mut self, lun: u8) -> Result<Option<StorvscDisk<'_, 'w, P>>, BlockError> {
-        let waiting = waiting(self.platform, self.relid);
+        let waiting = waiting(self.platform);
         let disk = match Disk::identify(&mut self.queue, lun, &mut self.scratch, waiting) {
             Ok(Some(disk)) => disk,
             Ok(None) | Err(IdentifyError::NotADisk(_)) => return Ok(None),
@@ -189,10 +184,9 @@ impl<P: Platform> BlockDriver for StorvscDisk<'_, '_, P> {
     }
 
     fn sleep(&mut self) {
-        let Controller { platform, relid, queue, .. } = &mut *self.controller;
+        let Controller { platform, queue, .. } = &mut *self.controller;
         if queue.rest() {
             platform.idle();
-            platform.take_event(relid.0);
         }
         queue.wake();
     }

@@ -153,10 +153,6 @@ impl Platform for Liar {
         honest.map(|payload| Message::new(1, &payload))
     }
 
-    fn take_event(&self, _: u32) -> bool {
-        self.lie().is_multiple_of(2)
-    }
-
     fn idle(&self) {
         self.scribble();
     }

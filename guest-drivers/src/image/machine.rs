@@ -177,19 +177,15 @@ impl Platform for Machine {
         Some(Message::new(message_type, payload.get(..size).unwrap_or(&payload)))
     }
 
-    fn take_event(&self, flag: u32) -> bool {
-        let offset = SINT as usize * SLOT + flag as usize / 32 * 4;
-        if flag as usize >= SLOT * 8 {
-            return false;
-        }
-        let bit = 1 << (flag % 32);
-        let word = Self::word(self.events, offset);
-        word.load(Ordering::Relaxed) & bit != 0 && word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
-    }
-
     fn idle(&self) {
         self.halts.set(self.halts.get() + 1);
         supervisor::idle();
+        for offset in (0..SLOT).step_by(4) {
+            let flags = Self::word(self.events, SINT as usize * SLOT + offset);
+            if flags.load(Ordering::Relaxed) != 0 {
+                flags.swap(0, Ordering::AcqRel);
+            }
+        }
     }
 
     fn now(&self) -> u64 {

@@ -146,13 +146,6 @@ impl Platform for Guest {
         Some(Message::new(message.message_type, payload))
     }
 
-    fn take_event(&self, flag: u32) -> bool {
-        let mut state = self.world.lock();
-        let before = state.flags.len();
-        state.flags.retain(|set| u32::from(*set) != flag);
-        state.flags.len() < before
-    }
-
     fn idle(&self) {
         let mut state = self.world.lock();
         state.halts += 1;
@@ -161,6 +154,7 @@ impl Platform for Guest {
         let (mut state, _) =
             self.world.raised.wait_timeout_while(state, limit, |state| !state.pending).unwrap();
         state.pending = false;
+        state.flags.clear();
     }
 
     fn now(&self) -> u64 {
