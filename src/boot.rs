@@ -16,7 +16,7 @@
 mod acpi;
 mod builtin;
 mod linux;
-mod long_mode;
+pub mod long_mode;
 
 pub use builtin::BuiltinBoot;
 pub use linux::LinuxBoot;

@@ -5,10 +5,15 @@
 
 use std::fs::OpenOptions;
 use std::io;
+use std::sync::Arc;
 
 use backends::uring::Uring;
-use hypervisor::kvm::{self, HyperV};
+use hypervisor::kvm::{self, HyperV, Partition, PartitionConfig};
+use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
+use hypervisor::{Bus, Device, Gpa, GuestMemory, PartitionError, StopHandle, StopReason};
 use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+
+use crate::boot::long_mode;
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +52,7 @@ impl Finding {
 
 /// Prints the report. Returns whether Linux guests can run here.
 pub fn run() -> bool {
-    let findings = [kvm(), hyper_v(), io_uring(), tap(), landlock(), huge_pages()];
+    let findings = [kvm(), kernels(), hyper_v(), io_uring(), tap(), landlock(), huge_pages()];
     for finding in &findings {
         let mark = match finding.grade {
             Grade::Good => "ok  ",
@@ -65,8 +70,8 @@ pub fn run() -> bool {
         if ready {
             "this host can run Linux guests with `partita run`"
         } else {
-            "this host cannot run Linux guests; `cargo xtask demo` and `cargo xtask lab` run them \
-             in a software-emulated one"
+            "this host cannot run Linux guests: `cargo xtask demo` and `cargo xtask lab` run them in \
+             a software-emulated one; `partita demo` runs the built-in guest"
         }
     );
     ready
@@ -86,6 +91,64 @@ fn kvm() -> Finding {
                 Finding::lacking(Grade::Bad, "KVM", format!("lacks {what}"), "use a newer kernel")
             }
         },
+    }
+}
+
+/// Lets a guest's kernel do what any Linux does, and a KVM without hardware behind it may not.
+fn kernels() -> Finding {
+    let subject = "kernels";
+    match trial() {
+        Ok(StopReason::PowerOff) => Finding::good(subject, "run on the processor itself"),
+        Ok(_) => Finding::lacking(
+            Grade::Bad,
+            subject,
+            "KVM only emulates them, and lacks instructions that Linux needs",
+            "use a host with VT-x or AMD-V; the built-in guest needs none",
+        ),
+        Err(error) => Finding::lacking(Grade::Bad, subject, error.to_string(), "see KVM above"),
+    }
+}
+
+/// Runs a guest that compares and exchanges 16 bytes at CPL 0 and then powers off.
+fn trial() -> Result<StopReason, PartitionError> {
+    const ENTRY: Gpa = Gpa(0x1_0000);
+    const CODE: [u8; 7] = [
+        0x48, 0x0f, 0xc7, 0x0c, 0x24, // cmpxchg16b [rsp]
+        0xe6, 0x10, // out 0x10, al
+    ];
+    let memory = GuestMemory::new(2 << 20)?;
+    memory.write(ENTRY, &CODE)?;
+    let state = long_mode::prepare(&memory, ENTRY, 0)?;
+    let mut partition = Partition::new(&PartitionConfig {
+        vps: 1,
+        memory,
+        hyper_v: HyperV::Absent,
+        synthetic_timers: false,
+    })?;
+    partition.set_boot_state(&state)?;
+    let mut ports = Bus::ports();
+    let off = Arc::new(PowerOff(partition.stop_handle()));
+    ports.add("power", 0x10, 1, off).expect("the bus is empty");
+    let sink: Arc<dyn MessageSink> = Arc::new(NoMessages);
+    Ok(partition.run(&Arc::new(ports), &Arc::new(Bus::mmio()), &sink))
+}
+
+/// Any write ends the trial.
+struct PowerOff(StopHandle);
+
+impl Device for PowerOff {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, _: u64, _: &[u8]) {
+        self.0.stop(StopReason::PowerOff);
+    }
+}
+
+struct NoMessages;
+
+impl MessageSink for NoMessages {
+    fn post(&self, _: ConnectionId, _: u32, _: &[u8]) -> HvStatus {
+        HvStatus::INVALID_CONNECTION_ID
     }
 }
 
@@ -168,7 +231,7 @@ fn landlock() -> Finding {
 
 fn huge_pages() -> Finding {
     let subject = "guest memory";
-    match hypervisor::GuestMemory::new(4 << 20) {
+    match GuestMemory::new(4 << 20) {
         Ok(memory) if memory.backing().may_be_huge() => Finding::good(subject, "in huge pages"),
         Ok(_) => Finding::lacking(
             Grade::Fair,

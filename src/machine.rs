@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use emulators::{Cmos, I8042, Nothing, PmBlock, ResetRegister, Uart};
 use hypervisor::kvm::{self, HyperV, KernelCounters, Partition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
@@ -68,13 +68,19 @@ impl Guest {
     }
 }
 
-/// The interface that `synic` means on this host.
+/// The Hyper-V interface that was asked for, or that this host does best.
 fn hyper_v(synic: SynicOption) -> anyhow::Result<HyperV> {
-    Ok(match synic {
-        SynicOption::Auto => kvm::preferred_hyper_v(&kvm::open()?),
-        SynicOption::Kernel => HyperV::Kernel,
-        SynicOption::User => HyperV::User,
-    })
+    let kvm = kvm::open()?;
+    match synic {
+        SynicOption::Auto => Ok(kvm::preferred_hyper_v(&kvm)),
+        SynicOption::User => Ok(HyperV::User),
+        SynicOption::Kernel => match kvm::lacking(&kvm, HyperV::Kernel) {
+            None => Ok(HyperV::Kernel),
+            Some(what) => {
+                bail!("--synic kernel: this host's KVM lacks {what}; --synic user does without")
+            }
+        },
+    }
 }
 
 /// A machine, ready to run once. A restart is a new machine.

@@ -112,6 +112,7 @@ fn options() {
     assert!(refusal(&["run"]).contains("--kernel"));
     assert!(refusal(&["fly"]).contains("fly"));
     assert!(refusal(&["run", "--kernel", "k", "--serial", "tty"]).contains("stdio, null or file:"));
+    assert!(refusal(&["run", "--kernel", "k", "--synic", "both"]).contains("auto, kernel or user"));
 }
 
 #[test]

@@ -18,11 +18,7 @@ const WRITABLE: u64 = 1 << 1;
 const HUGE: u64 = 1 << 7;
 
 /// Writes the tables and says with which state to start at `entry`, with `argument` in rsi.
-pub(super) fn prepare(
-    memory: &GuestMemory,
-    entry: Gpa,
-    argument: u64,
-) -> Result<BootState, MemoryError> {
+pub fn prepare(memory: &GuestMemory, entry: Gpa, argument: u64) -> Result<BootState, MemoryError> {
     memory.write_obj(GDT, &GDT_ENTRIES)?;
 
     // One page at the top, one below it, and four whose entries map 2 MiB each.
