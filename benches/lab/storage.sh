@@ -55,7 +55,12 @@ for round in $(seq "$rounds"); do
     done
 done
 echo
-awk '$2 ~ /^(randread|read)-/ { split($3, i, "="); sum[$2 " " $1] += i[2]; n[$2 " " $1]++ }
-     END { for (job in sum) if (job ~ / partita$/) { name = job; sub(/ .*/, "", name);
-               p = sum[job] / n[job]; q = sum[name " qemu"] / n[name " qemu"];
-               printf "%-18s partita %8.0f I/O/s   qemu virtio-blk %8.0f I/O/s   ratio %.2f\n", name, p, q, p / q } }' results | tee /lab/out/storage.txt
+# The mean of each, and the first's ratio to the second.
+set -- $vmms
+awk -v first="$1" -v second="${2:-$1}" '
+    $2 ~ /^(randread|read)-/ { split($3, i, "="); sum[$2 " " $1] += i[2]; n[$2 " " $1]++; jobs[$2] = 1 }
+    END { for (job in jobs) {
+        p = sum[job " " first] / n[job " " first]
+        q = sum[job " " second] / n[job " " second]
+        printf "%-18s %s %8.0f I/O/s   %s %8.0f I/O/s   ratio %.2f\n", job, first, p, second, q, p / q
+    } }' results | tee /lab/out/storage.txt
