@@ -55,12 +55,20 @@ for round in $(seq "$rounds"); do
     done
 done
 echo
-# The mean of each, and the first's ratio to the second.
+# The median of each, since emulated processors stand still now and then, and the first's ratio to
+# the second.
 set -- $vmms
 awk -v first="$1" -v second="${2:-$1}" '
-    $2 ~ /^(randread|read)-/ { split($3, i, "="); sum[$2 " " $1] += i[2]; n[$2 " " $1]++; jobs[$2] = 1 }
+    $2 ~ /^(randread|read)-/ { split($3, i, "="); values[$2 " " $1] = values[$2 " " $1] " " i[2]; jobs[$2] = 1 }
+    function median(list,    n, i, j, v, swap) {
+        n = split(list, v, " ")
+        for (i = 1; i <= n; i++)
+            for (j = i + 1; j <= n; j++)
+                if (v[j] + 0 < v[i] + 0) { swap = v[i]; v[i] = v[j]; v[j] = swap }
+        return n % 2 ? v[(n + 1) / 2] : (v[n / 2] + v[n / 2 + 1]) / 2
+    }
     END { for (job in jobs) {
-        p = sum[job " " first] / n[job " " first]
-        q = sum[job " " second] / n[job " " second]
-        printf "%-18s %s %8.0f I/O/s   %s %8.0f I/O/s   ratio %.2f\n", job, first, p, second, q, p / q
+        p = median(values[job " " first])
+        q = median(values[job " " second])
+        printf "%-18s %s %8.0f I/O/s   %s %8.0f I/O/s   ratio %.2f\n", job, first, p, second, q, q ? p / q : 0
     } }' results | tee /lab/out/storage.txt
