@@ -3,7 +3,7 @@
 //! The interrupt controllers and the PIT are the kernel's. So are the hypercall page, the reference
 //! TSC page and the SINTs where KVM has Hyper-V support; what comes out to us then are ports,
 //! addresses without RAM, the SynIC's pages and messages. Where it has not, or is not to use it,
-//! the same interface is served from here ([`user`]).
+//! the same interface is served from here ([`HyperV::User`]).
 
 mod cpuid;
 mod deferred;

@@ -35,6 +35,7 @@ conformance!(
     messages_are_posted,
     hypercalls_have_their_status,
     signals_reach_their_event,
+    many_connections_are_told_apart,
     a_message_interrupts,
     a_busy_slot_is_told_when_it_is_free,
     an_event_flag_interrupts,
@@ -176,6 +177,30 @@ fn signals_reach_their_event(hyper_v: HyperV) {
     // The fast form on bound connections costs no exit to user space.
     let expected = if hyper_v == HyperV::Kernel { 1 } else { 2 };
     assert_eq!(counters[0].get(ExitKind::SignalEvent), expected);
+}
+
+/// As many as a guest with 64 processors has channels on a controller.
+fn many_connections_are_told_apart(hyper_v: HyperV) {
+    const CONNECTIONS: u32 = 64;
+    let mut code = Code::prologue().hyper_v();
+    for n in (0..CONNECTIONS).step_by(7) {
+        code = code.hypercall(FAST_SIGNAL, u64::from(0x2000 + n)).report();
+    }
+    let Some(mut partition) = partition(hyper_v, false, &code.end()) else { return };
+    let synic = partition.synic();
+    let events: Vec<_> = (0..CONNECTIONS).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+    for (n, event) in (0..).zip(&events) {
+        synic.bind(ConnectionId::new(0x2000 + n), event).unwrap();
+    }
+    let counters = partition.exit_counters();
+    let reports = run(&mut partition, &Arc::default(), |_| {});
+    assert!(reports.iter().all(|status| *status == 0), "{reports:?}");
+    assert_eq!(counters[0].get(ExitKind::SignalEvent), 0);
+    for (n, event) in (0..).zip(&events) {
+        let expected = if n % 7 == 0 { Some(1) } else { None };
+        assert_eq!(event.read().ok(), expected, "connection {n}");
+        synic.unbind(ConnectionId::new(0x2000 + n), event).unwrap();
+    }
 }
 
 fn message(text: &[u8]) -> Message {
