@@ -6,7 +6,7 @@
 
 truncate -s 64M disk.img
 for synic in kernel user; do
-    guest cloud "$here/09-synic.guest.sh" --cpus 2 --synic $synic --stats --disk path=disk.img
+    guest cloud "$here/10-synic.guest.sh" --cpus 2 --synic $synic --stats --disk path=disk.img
     expect 'Hypervisor detected: Microsoft Hyper-V'
     expect 'Vmbus version:5.3'
     expect 'clock: hyperv_clocksource_tsc_page'
