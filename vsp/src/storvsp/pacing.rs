@@ -9,6 +9,11 @@
 //! held for about the time the next would take to arrive. If one does, more are expected next
 //! time; if none does, the next trial is put off twice as long.
 //!
+//! Nor can a sleeper tell how soon the next request would have come. To wake it the guest must
+//! signal, which may cost it more than the request: then requests come slowly because the worker
+//! sleeps, and it sleeps because they come slowly. So now and then it keeps vigil over a few
+//! requests, and stays awake from then on if they come faster.
+//!
 //! How long is short depends on the host: under nested or emulated virtualization a system call
 //! costs fifty times what it does elsewhere, and so do exits. All bounds here are therefore
 //! multiples of one measured unit, a write to and a read from an eventfd.
@@ -26,6 +31,11 @@ const LAST_TRIAL: u32 = 512;
 /// The longest wait for company or for work, in units of the host's system-call cost.
 const PATIENCE: u32 = 64;
 
+/// The longest time between two requests over which vigil is kept, in units of patience.
+const VIGIL: u32 = 4;
+/// Over how many requests: the first may still be delayed by the signal before it.
+const VIGIL_LENGTH: u32 = 3;
+
 /// The pace of one channel.
 #[derive(Debug)]
 pub(super) struct Pacer {
@@ -39,6 +49,11 @@ pub(super) struct Pacer {
     /// Batches until the next trial, and the distance between the last two.
     until_trial: u32,
     trial_distance: u32,
+    /// Requests over which vigil is still to be kept.
+    vigil: u32,
+    /// Sleeps until the next vigil, and the distance between the last two.
+    until_vigil: u32,
+    vigil_distance: u32,
 }
 
 impl Pacer {
@@ -51,16 +66,27 @@ impl Pacer {
             last_arrival: None,
             until_trial: FIRST_TRIAL,
             trial_distance: FIRST_TRIAL,
+            vigil: 0,
+            until_vigil: FIRST_TRIAL,
+            vigil_distance: FIRST_TRIAL,
         }
     }
 
     /// `count` requests arrived by `now` (any monotonic origin).
     pub(super) fn arrived(&mut self, now: Duration, count: u32) {
         if let Some(last) = self.last_arrival {
-            let gap = (now.saturating_sub(last) / count.max(1)).min(self.patience * 4);
-            // An eighth of the new, seven of the old: follows a change within a batch or two.
-            self.gap = (self.gap * 7 + gap) / 8;
+            let gap = (now.saturating_sub(last) / count.max(1)).min(self.patience * VIGIL);
+            if self.vigil > 0 && gap <= self.patience {
+                // They come soon enough as long as nobody has to be woken.
+                self.vigil = 0;
+                self.vigil_distance = FIRST_TRIAL;
+                self.gap = gap;
+            } else {
+                // An eighth of the new, seven of the old: follows a change within a batch or two.
+                self.gap = (self.gap * 7 + gap) / 8;
+            }
         }
+        self.vigil = self.vigil.saturating_sub(1);
         self.last_arrival = Some(now);
     }
 
@@ -99,8 +125,23 @@ impl Pacer {
     /// Until when to look for a new request before going to sleep, if at `now` there is none.
     /// `None`: the next one is too far off, or has been missed already; sleep.
     pub(super) fn spin_until(&self) -> Option<Duration> {
-        (self.gap <= self.patience)
-            .then(|| self.last_arrival.unwrap_or_default() + (self.gap * 2).min(self.patience))
+        let wait = match self.vigil {
+            _ if self.gap <= self.patience => (self.gap * 2).min(self.patience),
+            0 => return None,
+            _ => self.patience * VIGIL,
+        };
+        Some(self.last_arrival.unwrap_or_default() + wait)
+    }
+
+    /// The worker has slept.
+    pub(super) fn slept(&mut self) {
+        self.vigil = 0;
+        self.until_vigil = self.until_vigil.saturating_sub(1);
+        if self.until_vigil == 0 {
+            self.vigil = VIGIL_LENGTH;
+            self.vigil_distance = (self.vigil_distance * 2).min(LAST_TRIAL);
+            self.until_vigil = self.vigil_distance;
+        }
     }
 }
 
@@ -161,6 +202,50 @@ mod tests {
         let (served, batches, held) = serve(1, cost, 100_000);
         assert_eq!(served, batches);
         assert!(held < cost * served / 100, "held {held:?} in all");
+    }
+
+    /// Serves a guest with one request at a time, which needs `cost` of its own time for each and `signal` more to
+    /// wake the worker. Returns how often it slept, and for how long it spun in vain.
+    fn wake(cost: Duration, signal: Duration, requests: u32) -> (u32, Duration) {
+        let mut pacer = Pacer::new(UNIT);
+        let mut now = Duration::from_secs(1);
+        let (mut sleeps, mut in_vain) = (0, Duration::ZERO);
+        // When the guest has recovered from its last signal.
+        let mut recovered = now;
+        for _ in 0..requests {
+            pacer.arrived(now, 1);
+            pacer.handed_on(1);
+            let next = now.max(recovered) + cost;
+            match pacer.spin_until() {
+                Some(until) if next <= until => now = next,
+                until => {
+                    in_vain += until.map_or(Duration::ZERO, |until| until.saturating_sub(now));
+                    sleeps += 1;
+                    pacer.slept();
+                    // The worker is up at once, the guest goes on later.
+                    now = next;
+                    recovered = next + signal;
+                }
+            }
+        }
+        (sleeps, in_vain)
+    }
+
+    #[test]
+    fn a_guest_that_is_slow_for_its_signals_is_waited_for() {
+        let patience = UNIT * PATIENCE;
+        let (sleeps, _) = wake(patience / 2, patience * 3, 10_000);
+        assert!(sleeps < 100, "{sleeps} sleeps");
+    }
+
+    #[test]
+    fn a_guest_that_is_slow_by_itself_is_hardly_waited_for() {
+        let patience = UNIT * PATIENCE;
+        for cost in [patience * 2, patience * 3, patience * 50] {
+            let (sleeps, in_vain) = wake(cost, patience, 10_000);
+            assert!(sleeps > 9_800, "{sleeps} sleeps");
+            assert!(in_vain < cost * 10_000 / 50, "{in_vain:?} in vain");
+        }
     }
 
     #[test]

@@ -261,6 +261,7 @@ impl Worker {
         // Otherwise only a disk can bring the worker on.
         self.uring.submit_and_wait(1)?;
         self.channel.mask();
+        self.pacer.slept();
         Ok(())
     }
 }
