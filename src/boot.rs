@@ -18,5 +18,5 @@ mod builtin;
 mod linux;
 pub mod long_mode;
 
-pub use builtin::BuiltinBoot;
+pub use builtin::{BuiltinBoot, BuiltinError};
 pub use linux::LinuxBoot;

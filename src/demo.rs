@@ -18,13 +18,13 @@ use anyhow::{Context, bail};
 use backends::block::Disk;
 use backends::file::{FileDisk, OpenOptions};
 use clap::Args;
-use hypervisor::kvm::{HyperV, KernelCounters};
+use hypervisor::kvm::KernelCounters;
 use hypervisor::{ExitCounters, ExitKind, StopReason};
 use vmbus_server::Host;
 use vsp::storvsp::ControllerBuilder;
 
 use crate::machine::{Guest, Machine, MachineConfig};
-use crate::options::SynicOption;
+use crate::options::{PartitionOption, SynicOption};
 use report::{Costs, Report, Stamped};
 
 /// The built-in guest at work, and what it took
@@ -33,6 +33,7 @@ use report::{Costs, Report, Stamped};
 Examples:
   partita demo
   partita demo --json | python3 -m json.tool
+  partita demo --partition hosted
   partita demo --keep      # and then look at what the guest wrote")]
 pub struct Demo {
     /// One object of JSON instead of words
@@ -41,6 +42,9 @@ pub struct Demo {
     /// Keep the scratch disk, and say where it is
     #[arg(long)]
     keep: bool,
+    /// What the guest runs in: kvm; hosted, which is a process; or auto: KVM where it opens
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    partition: PartitionOption,
 }
 
 /// What the guest does.
@@ -68,7 +72,7 @@ impl Demo {
         // From here on the file has no name: however the program ends, nothing is left behind.
         let place = scratch.place();
         let kept = scratch.let_go();
-        let report = boot(Arc::new(disk), started)?;
+        let report = boot(Arc::new(disk), self.partition, started)?;
         if self.json {
             println!("{}", report.json(kept.as_deref()));
         } else {
@@ -81,17 +85,22 @@ impl Demo {
     }
 }
 
-/// Lets the guest work on `disk` in a partition of this host's KVM.
-fn boot(disk: Arc<dyn Disk>, started: Instant) -> anyhow::Result<Report> {
+/// Lets the guest work on `disk`.
+fn boot(
+    disk: Arc<dyn Disk>,
+    partition: PartitionOption,
+    started: Instant,
+) -> anyhow::Result<Report> {
     let config = MachineConfig {
         guest: Guest::Builtin { work: WORK.to_owned() },
         memory: MEMORY,
         vps: 1,
+        partition,
         synic: SynicOption::Auto,
     };
     let lines = Lines::default();
     let mut machine = Machine::new(&config, || Ok(Box::new(lines.clone())))?;
-    let interface = machine.hyper_v();
+    let kind = machine.kind().clone();
     let mut controller = ControllerBuilder::new(0);
     controller.attach(Some(0), disk)?;
     let devices = vec![Box::new(controller.build(1)) as _];
@@ -124,14 +133,7 @@ fn boot(disk: Arc<dyn Disk>, started: Instant) -> anyhow::Result<Report> {
         StopReason::Stopped => bail!("the guest was not done after {} s", PATIENCE.as_secs()),
         StopReason::Error(what) => bail!(what),
     }
-    let host = match interface {
-        HyperV::Kernel => "KVM with its own Hyper-V support",
-        HyperV::User => {
-            "KVM; it has no Hyper-V support, so partita serves the interface from user space"
-        }
-        HyperV::Absent => "KVM",
-    };
-    Ok(Report::new(host, lines.finish(), status, started.elapsed()))
+    Ok(Report::new(kind, lines.finish(), status, started.elapsed()))
 }
 
 /// The guest's console: parts what comes into lines, and stamps each.
@@ -148,7 +150,7 @@ struct LinesShared {
 struct Counting {
     started: Instant,
     exits: Vec<Arc<ExitCounters>>,
-    kernel: Vec<KernelCounters>,
+    kernel: Vec<Arc<KernelCounters>>,
     host: Host,
 }
 

@@ -8,12 +8,16 @@ use std::io;
 use std::sync::Arc;
 
 use backends::uring::Uring;
-use hypervisor::kvm::{self, HyperV, Partition, PartitionConfig};
+use hypervisor::hosted::{Confinement, HostedPartition};
+use hypervisor::kvm::{self, HyperV, KvmPartition, PartitionConfig};
 use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
-use hypervisor::{Bus, Device, Gpa, GuestMemory, PartitionError, StopHandle, StopReason};
+use hypervisor::{
+    Bus, Device, Gpa, GuestMemory, Partition, PartitionError, StopHandle, StopReason,
+};
 use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
 
 use crate::boot::long_mode;
+use crate::builtin::ExitPort;
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +56,8 @@ impl Finding {
 
 /// Prints the report. Returns whether Linux guests can run here.
 pub fn run() -> bool {
-    let findings = [kvm(), kernels(), hyper_v(), io_uring(), tap(), landlock(), huge_pages()];
+    let findings =
+        [kvm(), kernels(), hyper_v(), hosted(), io_uring(), tap(), landlock(), huge_pages()];
     for finding in &findings {
         let mark = match finding.grade {
             Grade::Good => "ok  ",
@@ -119,7 +124,7 @@ fn trial() -> Result<StopReason, PartitionError> {
     let memory = GuestMemory::new(2 << 20)?;
     memory.write(ENTRY, &CODE)?;
     let state = long_mode::prepare(&memory, ENTRY, 0)?;
-    let mut partition = Partition::new(&PartitionConfig {
+    let mut partition = KvmPartition::new(&PartitionConfig {
         vps: 1,
         memory,
         hyper_v: HyperV::Absent,
@@ -131,6 +136,43 @@ fn trial() -> Result<StopReason, PartitionError> {
     ports.add("power", 0x10, 1, off).expect("the bus is empty");
     let sink: Arc<dyn MessageSink> = Arc::new(NoMessages);
     Ok(partition.run(&Arc::new(ports), &Arc::new(Bus::mmio()), &sink))
+}
+
+fn hosted() -> Finding {
+    let subject = "hosted";
+    let by = |confinement: Confinement| match confinement {
+        Confinement { namespaces: true, landlock: true } => ", namespaces and Landlock",
+        Confinement { namespaces: true, landlock: false } => " and namespaces",
+        Confinement { namespaces: false, landlock: true } => " and Landlock",
+        Confinement { namespaces: false, landlock: false } => "",
+    };
+    match hosted_trial() {
+        Ok(confinement) => Finding::good(
+            subject,
+            format!("without KVM the built-in guest is confined by seccomp{}", by(confinement)),
+        ),
+        Err(error) => Finding::lacking(
+            Grade::Fair,
+            subject,
+            format!("{error:#}"),
+            "allow seccomp filters; needed for the built-in guest without KVM only",
+        ),
+    }
+}
+
+/// Lets the built-in guest find out that there is no bus, and end.
+fn hosted_trial() -> anyhow::Result<Confinement> {
+    let program = crate::hosted::program("identify")?;
+    let mut partition = HostedPartition::new(GuestMemory::new(4 << 20)?, &program)?;
+    let mut ports = Bus::ports();
+    let exit = Arc::new(ExitPort::new(partition.stop_handle()));
+    ports.add("exit port", ExitPort::PORT.into(), 4, exit)?;
+    let sink: Arc<dyn MessageSink> = Arc::new(NoMessages);
+    match partition.run(&Arc::new(ports), &Arc::new(Bus::mmio()), &sink) {
+        StopReason::PowerOff => Ok(partition.confinement().unwrap_or_default()),
+        StopReason::Error(what) => anyhow::bail!(what),
+        reason => anyhow::bail!("the guest ended by {reason:?}"),
+    }
 }
 
 /// Any write ends the trial.

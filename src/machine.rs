@@ -1,18 +1,23 @@
 //! A machine: a partition with memory, legacy devices and an operating system to boot.
 
+use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use emulators::{Cmos, I8042, Nothing, PmBlock, ResetRegister, Uart};
-use hypervisor::kvm::{self, HyperV, KernelCounters, Partition, PartitionConfig};
+use hypervisor::hosted::HostedPartition;
+use hypervisor::kvm::{self, HyperV, KernelCounters, KvmPartition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
-use hypervisor::{BootState, Bus, ExitCounters, GuestMemory, StopHandle, StopReason};
+use hypervisor::{
+    BootState, Bus, ExitCounters, GuestMemory, Partition, PartitionError, StopHandle, StopReason,
+};
 
 use crate::boot::{BuiltinBoot, LinuxBoot};
 use crate::builtin::ExitPort;
-use crate::options::SynicOption;
+use crate::hosted;
+use crate::options::{PartitionOption, SynicOption};
 
 /// The address port of PCI's configuration space. Nothing is there yet, but kernels look.
 const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
@@ -26,8 +31,53 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Virtual processors.
     pub vps: u32,
-    /// Who serves its Hyper-V interface.
+    /// What it runs in.
+    pub partition: PartitionOption,
+    /// Who serves its Hyper-V interface, if it runs in KVM's.
     pub synic: SynicOption,
+}
+
+/// What a machine runs in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PartitionKind {
+    /// A virtual machine of this host's KVM, with this interface.
+    Kvm(HyperV),
+    /// A process.
+    Hosted {
+        /// What was wrong with KVM, if it was looked at.
+        without_kvm: Option<String>,
+    },
+}
+
+impl PartitionKind {
+    /// One word for it, as in `--partition`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Kvm(_) => "kvm",
+            Self::Hosted { .. } => "hosted",
+        }
+    }
+
+    /// What is wrong with KVM, where it would have been taken.
+    pub fn without_kvm(&self) -> Option<&str> {
+        match self {
+            Self::Kvm(_) => None,
+            Self::Hosted { without_kvm } => without_kvm.as_deref(),
+        }
+    }
+}
+
+impl fmt::Display for PartitionKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm(HyperV::Kernel) => "KVM with its own Hyper-V support",
+            Self::Kvm(HyperV::User) => {
+                "KVM; it has no Hyper-V support, so partita serves the interface from user space"
+            }
+            Self::Kvm(HyperV::Absent) => "KVM",
+            Self::Hosted { .. } => "a hosted partition: a confined process, without KVM",
+        })
+    }
 }
 
 /// What a machine runs.
@@ -50,6 +100,7 @@ pub enum Guest {
 }
 
 impl Guest {
+    /// Puts the guest into `memory`, for a virtual machine.
     fn load(
         &self,
         memory: &GuestMemory,
@@ -83,15 +134,95 @@ fn hyper_v(synic: SynicOption) -> anyhow::Result<HyperV> {
     }
 }
 
+/// A partition with a guest in it.
+struct Loaded {
+    partition: Box<dyn Partition>,
+    kind: PartitionKind,
+    kernel_counters: Vec<Arc<KernelCounters>>,
+}
+
+impl Loaded {
+    /// In what the configuration asks for. If it leaves that open, a guest that can do without KVM
+    /// gets a hosted partition where KVM does not serve.
+    fn new(config: &MachineConfig) -> anyhow::Result<Self> {
+        let Guest::Builtin { work } = &config.guest else {
+            if config.partition == PartitionOption::Hosted {
+                bail!("--partition hosted: a kernel needs KVM; only --builtin runs without");
+            }
+            return Self::in_kvm(config).map_err(|error| match broken_kvm(&error) {
+                Some(why) => anyhow!(
+                    "{why}; `cargo xtask demo` boots Linux in a software-emulated machine instead"
+                ),
+                None => error,
+            });
+        };
+        match config.partition {
+            PartitionOption::Kvm => Self::in_kvm(config),
+            PartitionOption::Hosted => Self::hosted(config, work, None),
+            PartitionOption::Auto => match Self::in_kvm(config) {
+                Err(error) if config.synic == SynicOption::Auto => match broken_kvm(&error) {
+                    Some(why) => Self::hosted(config, work, Some(why)),
+                    None => Err(error),
+                },
+                loaded => loaded,
+            },
+        }
+    }
+
+    fn in_kvm(config: &MachineConfig) -> anyhow::Result<Self> {
+        let memory = memory(config)?;
+        let boot_state = config.guest.load(&memory, config.vps, config.synic)?;
+        let hyper_v = hyper_v(config.synic)?;
+        let partition = KvmPartition::new(&PartitionConfig {
+            vps: config.vps,
+            memory,
+            hyper_v,
+            synthetic_timers: false,
+        })?;
+        partition.set_boot_state(&boot_state)?;
+        let kernel_counters = partition.kernel_counters().into_iter().map(Arc::new).collect();
+        let kind = PartitionKind::Kvm(hyper_v);
+        Ok(Self { partition: Box::new(partition), kind, kernel_counters })
+    }
+
+    fn hosted(
+        config: &MachineConfig,
+        work: &str,
+        without_kvm: Option<String>,
+    ) -> anyhow::Result<Self> {
+        if config.vps != 1 {
+            bail!("--cpus {}: a hosted partition has one virtual processor", config.vps);
+        }
+        let partition = HostedPartition::new(memory(config)?, &hosted::program(work)?)?;
+        let kind = PartitionKind::Hosted { without_kvm };
+        Ok(Self { partition: Box::new(partition), kind, kernel_counters: Vec::new() })
+    }
+}
+
+fn memory(config: &MachineConfig) -> anyhow::Result<GuestMemory> {
+    let memory = GuestMemory::new(config.memory)?;
+    tracing::debug!(?memory, "guest memory");
+    Ok(memory)
+}
+
+/// What is wrong with this host's KVM, if that is what the error is about.
+fn broken_kvm(error: &anyhow::Error) -> Option<String> {
+    match error.downcast_ref::<PartitionError>()? {
+        PartitionError::VpCount { .. } | PartitionError::Memory(_) => None,
+        _ => Some(format!("{error:#}")),
+    }
+}
+
 /// A machine, ready to run once. A restart is a new machine.
 pub struct Machine {
-    partition: Partition,
+    partition: Box<dyn Partition>,
+    kind: PartitionKind,
+    kernel_counters: Vec<Arc<KernelCounters>>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     uart: Arc<Uart>,
     pm: Arc<PmBlock>,
     exit: Option<Arc<ExitPort>>,
-    hyper_v: HyperV,
 }
 
 impl Machine {
@@ -101,18 +232,7 @@ impl Machine {
         config: &MachineConfig,
         serial: impl FnOnce() -> anyhow::Result<Box<dyn Write + Send>>,
     ) -> anyhow::Result<Self> {
-        let memory = GuestMemory::new(config.memory)?;
-        tracing::debug!(?memory, "guest memory");
-        let boot_state = config.guest.load(&memory, config.vps, config.synic)?;
-
-        let hyper_v = hyper_v(config.synic)?;
-        let partition = Partition::new(&PartitionConfig {
-            vps: config.vps,
-            memory,
-            hyper_v,
-            synthetic_timers: false,
-        })?;
-        partition.set_boot_state(&boot_state)?;
+        let Loaded { partition, kind, kernel_counters } = Loaded::new(config)?;
         let stop = partition.stop_handle();
 
         let mut ports = Bus::ports();
@@ -144,7 +264,7 @@ impl Machine {
         }
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(Bus::mmio()));
-        Ok(Self { partition, ports, mmio, uart, pm, exit, hyper_v })
+        Ok(Self { partition, kind, kernel_counters, ports, mmio, uart, pm, exit })
     }
 
     /// Its RAM.
@@ -157,9 +277,9 @@ impl Machine {
         self.partition.synic()
     }
 
-    /// Who serves its Hyper-V interface.
-    pub fn hyper_v(&self) -> HyperV {
-        self.hyper_v
+    /// What it runs in.
+    pub fn kind(&self) -> &PartitionKind {
+        &self.kind
     }
 
     /// Ends [`Self::run`], from any thread.
@@ -187,9 +307,9 @@ impl Machine {
         self.partition.exit_counters()
     }
 
-    /// What the kernel counts for each processor; to be asked for before the machine runs.
-    pub fn kernel_counters(&self) -> Vec<KernelCounters> {
-        self.partition.kernel_counters()
+    /// What KVM counts for each processor; to be read as long as the machine lives.
+    pub fn kernel_counters(&self) -> Vec<Arc<KernelCounters>> {
+        self.kernel_counters.clone()
     }
 
     /// The port and memory buses, for their counters.

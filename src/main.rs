@@ -2,12 +2,13 @@
 //!
 //! [`options`] reads what the user wants, [`machine`] puts the machine together, [`boot`] loads its
 //! operating system, [`run`] lets it run with its disks until it ends, [`demo`] shows all of it with
-//! the [`builtin`] guest, and [`doctor`] looks at the host. An error is one line, and ends the program with 1.
+//! the [`builtin`] guest, [`hosted`] is that guest where there is no KVM, and [`doctor`] looks at the host. An error is one line, and ends the program with 1.
 
 mod boot;
 mod builtin;
 mod demo;
 mod doctor;
+mod hosted;
 mod machine;
 mod options;
 mod run;
@@ -39,6 +40,12 @@ enum Command {
     Run(run::Run),
     /// Boot the guest that partita carries, and show what it does on a disk made for it
     Demo(demo::Demo),
+    /// Be the built-in guest of a hosted partition
+    #[command(name = hosted::COMMAND, hide = true)]
+    HostedGuest {
+        /// What it shall do
+        work: String,
+    },
     /// Tell what this host can do, and what to do about what is missing
     #[command(after_help = "Example:\n  partita doctor")]
     Doctor,
@@ -59,6 +66,7 @@ fn main() -> ExitCode {
     let ended = match cli.command {
         Command::Run(run) => run.run(),
         Command::Demo(demo) => demo.run(),
+        Command::HostedGuest { work } => hosted::run(&work).map(|()| ExitCode::FAILURE),
         Command::Doctor => Ok(if doctor::run() { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
     };
     ended.unwrap_or_else(|error| {

@@ -1,4 +1,5 @@
-//! What the values of command-line options mean: sizes, disks, the serial port, the SynIC.
+//! What the values of command-line options mean: sizes, disks, the serial port, the
+//! partition and its SynIC.
 //!
 //! A list value such as `path=a.img,readonly=on` is `key=value` pairs parted by commas; a comma
 //! in a value is written twice. Every refusal says what was wrong and what would be right.
@@ -255,6 +256,34 @@ impl FromStr for SynicOption {
     }
 }
 
+/// What a guest runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PartitionOption {
+    /// A virtual machine where there is a KVM, otherwise a process if the guest can do with that.
+    Auto,
+    /// A virtual machine.
+    Kvm,
+    /// A process.
+    Hosted,
+}
+
+impl FromStr for PartitionOption {
+    type Err = OptionError;
+
+    fn from_str(s: &str) -> Result<Self, OptionError> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "kvm" => Ok(Self::Kvm),
+            "hosted" => Ok(Self::Hosted),
+            _ => Err(OptionError::Value {
+                key: "partition",
+                value: s.to_owned(),
+                allowed: "auto, kvm or hosted",
+            }),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -316,6 +345,14 @@ mod tests {
         assert_eq!("user".parse(), Ok(SynicOption::User));
         let refused = "split".parse::<SynicOption>().unwrap_err().to_string();
         assert_eq!(refused, "synic=split is not possible; synic is auto, kernel or user");
+    }
+
+    #[test]
+    fn partitions() {
+        assert_eq!("auto".parse(), Ok(PartitionOption::Auto));
+        assert_eq!("hosted".parse(), Ok(PartitionOption::Hosted));
+        let refused = "xen".parse::<PartitionOption>().unwrap_err().to_string();
+        assert_eq!(refused, "partition=xen is not possible; partition is auto, kvm or hosted");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use vmbus_server::{Device, Host};
 use vsp::storvsp::ControllerBuilder;
 
 use crate::machine::{Guest, Machine, MachineConfig};
-use crate::options::{Attach, DiskOption, SerialOption, Size, SynicOption};
+use crate::options::{Attach, DiskOption, PartitionOption, SerialOption, Size, SynicOption};
 use crate::statistics::Statistics;
 use crate::terminal::Console;
 
@@ -65,6 +65,10 @@ pub struct Run {
     /// Where the serial port leads: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOption,
+    /// What the guest runs in: kvm; hosted, which is a process and takes --builtin only; or auto:
+    /// KVM where it opens
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    partition: PartitionOption,
     /// Who serves the guest's Hyper-V interface: kernel, user (space), or auto: the kernel where its
     /// KVM can
     #[arg(long, value_name = "WHO", default_value = "auto")]
@@ -105,13 +109,20 @@ impl Run {
             }
             (None, None) => bail!("--kernel or --builtin is missing"),
         };
-        let config = MachineConfig { guest, memory, vps: self.cpus, synic: self.synic };
+        let (vps, partition, synic) = (self.cpus, self.partition, self.synic);
+        let config = MachineConfig { guest, memory, vps, partition, synic };
         let mut console = None;
         let mut serial_file = None;
         loop {
             // The serial port's file is made when all else has worked.
             let mut machine = Machine::new(&config, || serial(&self.serial, &mut serial_file))?;
             if console.is_none() {
+                // A guest that measures itself does not know in what.
+                if builtin {
+                    let kind = machine.kind();
+                    let why = kind.without_kvm().map(|why| format!("; {why}")).unwrap_or_default();
+                    eprintln!("partita: the guest runs in {kind}{why}");
+                }
                 console = Some(Console::new(self.serial == SerialOption::Stdio)?);
             }
             let console = console.as_ref().expect("just made");

@@ -14,7 +14,7 @@ use crate::machine::Machine;
 pub struct Statistics {
     host: Host,
     exits: Vec<Arc<ExitCounters>>,
-    kernel: Vec<KernelCounters>,
+    kernel: Vec<Arc<KernelCounters>>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     started: Instant,

@@ -30,6 +30,7 @@ use synic::KvmSynic;
 use user::synic::UserSynic;
 use user::{UserHyperV, UserVp};
 
+use crate::partition::Partition;
 use crate::synic::{MessageSink, Synic};
 use crate::{
     BootState, Bus, ExitCounters, GuestMemory, InterruptLine, PartitionError, StopHandle,
@@ -63,7 +64,7 @@ pub struct PartitionConfig {
 }
 
 /// A virtual machine: processors, memory, interrupt controllers, SynIC.
-pub struct Partition {
+pub struct KvmPartition {
     // The processors go first: dropping order is declaration order.
     vps: Vec<vp::Vp>,
     vm: Arc<VmFd>,
@@ -92,6 +93,10 @@ pub fn open() -> Result<Kvm, PartitionError> {
         source => PartitionError::Call { what: "cannot open /dev/kvm", source },
     })?;
     let version = kvm.get_api_version();
+    if version < 0 {
+        let source = io::Error::last_os_error();
+        return Err(PartitionError::Call { what: "/dev/kvm does not answer as KVM does", source });
+    }
     if version != KVM_API_VERSION as i32 {
         return Err(PartitionError::ApiVersion(version));
     }
@@ -143,7 +148,7 @@ pub fn preferred_hyper_v(kvm: &Kvm) -> HyperV {
     }
 }
 
-impl Partition {
+impl KvmPartition {
     /// A partition with everything but code to run.
     pub fn new(config: &PartitionConfig) -> Result<Self, PartitionError> {
         let kvm = open()?;
@@ -209,35 +214,10 @@ impl Partition {
         Ok(Self { vps, vm, synic, deferred, memory: config.memory.clone(), stop })
     }
 
-    /// Its RAM.
-    pub fn memory(&self) -> &GuestMemory {
-        &self.memory
-    }
-
-    /// Its SynIC, as the root side sees it.
-    pub fn synic(&self) -> Arc<dyn Synic> {
-        Arc::clone(&self.synic)
-    }
-
-    /// Stops [`Self::run`]; for devices and other threads.
-    pub fn stop_handle(&self) -> StopHandle {
-        self.stop.clone()
-    }
-
-    /// The exits of each processor, in order.
-    pub fn exit_counters(&self) -> Vec<Arc<ExitCounters>> {
-        self.vps.iter().map(vp::Vp::counters).collect()
-    }
-
     /// What the kernel counts of each processor, in order; empty where it tells nothing. To be
-    /// asked before [`Self::run`], and to be read as long as the partition lives.
+    /// asked before [`Partition::run`], and to be read as long as the partition lives.
     pub fn kernel_counters(&self) -> Vec<KernelCounters> {
         self.vps.iter().filter_map(vp::Vp::kernel_counters).collect()
-    }
-
-    /// A line into the interrupt controllers: 0 to 15 are the PC's IRQs, up to 23 the I/O APIC's.
-    pub fn interrupt_line(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, PartitionError> {
-        Ok(Arc::new(irq::KvmLine::new(&self.vm, gsi)?))
     }
 
     /// From now on a guest's write of any value to `port` fires `event` and does not exit.
@@ -247,10 +227,37 @@ impl Partition {
             .map_err(call("cannot bind a port to an event"))
     }
 
-    /// From now on a guest's writes to `count` ports from `port` need not exit: their device sees
-    /// them at the next exit of any processor, before that. Only for registers whose writes nobody
-    /// can notice until something else is accessed.
-    pub fn defer_port_writes(&self, port: u16, count: u32) -> Result<(), PartitionError> {
+    /// Where the first processor starts; the others wait for it to start them.
+    pub fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
+        match self.vps.first() {
+            Some(vp) => vp.set_boot_state(state),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Partition for KvmPartition {
+    fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    fn synic(&self) -> Arc<dyn Synic> {
+        Arc::clone(&self.synic)
+    }
+
+    fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
+    }
+
+    fn exit_counters(&self) -> Vec<Arc<ExitCounters>> {
+        self.vps.iter().map(vp::Vp::counters).collect()
+    }
+
+    fn interrupt_line(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, PartitionError> {
+        Ok(Arc::new(irq::KvmLine::new(&self.vm, gsi)?))
+    }
+
+    fn defer_port_writes(&self, port: u16, count: u32) -> Result<(), PartitionError> {
         if self.deferred.is_none() {
             return Ok(());
         }
@@ -259,17 +266,8 @@ impl Partition {
             .map_err(call("cannot defer writes to a port"))
     }
 
-    /// Where the first processor starts; the others wait for it to start them.
-    pub fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
-        match self.vps.first() {
-            Some(vp) => vp.set_boot_state(state),
-            None => Ok(()),
-        }
-    }
-
-    /// Runs the processors, each on a thread of its own, until somebody stops them; then they are
-    /// gone. `sink` takes the guest's messages.
-    pub fn run(
+    /// Each on a thread of its own.
+    fn run(
         &mut self,
         ports: &Arc<Bus>,
         mmio: &Arc<Bus>,
@@ -368,7 +366,7 @@ fn add_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), PartitionError> {
             userspace_addr: region.host as u64,
         };
         // SAFETY: the range is a mapping of guest memory. KVM uses it on behalf of processors, and
-        // `Partition` keeps the memory until these are gone.
+        // `KvmPartition` keeps the memory until these are gone.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(call("cannot give the virtual machine its memory"))?;
     }

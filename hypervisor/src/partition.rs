@@ -1,11 +1,13 @@
 //! What a partition is, whichever way the host runs it: how it starts, how it stops, how its
-//! devices interrupt it, and what it counts. [`crate::kvm`] is the way by KVM.
+//! devices interrupt it, and what it counts. [`crate::kvm`] is the way by KVM, [`crate::hosted`] the
+//! way without.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use crate::{Gpa, MemoryError, VpIndex};
+use crate::synic::{MessageSink, Synic};
+use crate::{Bus, Gpa, GuestMemory, MemoryError, VpIndex};
 
 /// Why a partition could not be made or changed.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +43,38 @@ pub enum PartitionError {
     /// What was to be written to memory did not fit.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+}
+
+/// A guest's memory, processors and SynIC.
+pub trait Partition: Send {
+    /// Its RAM.
+    fn memory(&self) -> &GuestMemory;
+
+    /// Its SynIC, as the root side sees it.
+    fn synic(&self) -> Arc<dyn Synic>;
+
+    /// Stops [`Self::run`]; for devices and other threads.
+    fn stop_handle(&self) -> StopHandle;
+
+    /// The exits of each processor, in order.
+    fn exit_counters(&self) -> Vec<Arc<ExitCounters>>;
+
+    /// A line into the interrupt controllers: 0 to 15 are the PC's IRQs, up to 23 the I/O APIC's.
+    /// It leads nowhere in a partition that has none.
+    fn interrupt_line(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, PartitionError>;
+
+    /// From now on a guest's writes to `count` ports from `port` need not exit: their device sees
+    /// them at the next exit of any processor, before that. Only for registers whose writes nobody
+    /// can notice until something else is accessed. Does nothing where that is not possible.
+    fn defer_port_writes(&self, port: u16, count: u32) -> Result<(), PartitionError> {
+        let _ = (port, count);
+        Ok(())
+    }
+
+    /// Runs the processors until somebody stops them; then they are gone. The buses have the
+    /// devices, and `sink` takes the guest's messages.
+    fn run(&mut self, ports: &Arc<Bus>, mmio: &Arc<Bus>, sink: &Arc<dyn MessageSink>)
+    -> StopReason;
 }
 
 /// How a partition's run ended.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::{Code, DATA, EVENT_PAGE, MESSAGE_PAGE, Messages, TSC_PAGE, partition, run};
 use hypervisor::kvm::HyperV;
 use hypervisor::synic::{ConnectionId, EventFlag, Message, Posted, Sint};
-use hypervisor::{ExitKind, Gpa, VpIndex};
+use hypervisor::{ExitKind, Gpa, Partition, VpIndex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The vector of Linux's VMBus driver.

@@ -3,10 +3,11 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hypervisor::kvm::{HyperV, Partition, PartitionConfig};
+use hypervisor::kvm::{HyperV, KvmPartition, PartitionConfig};
 use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
 use hypervisor::{
-    BootState, Bus, Device, ExitKind, Gpa, GuestMemory, PartitionError, StopHandle, StopReason,
+    BootState, Bus, Device, ExitKind, Gpa, GuestMemory, Partition, PartitionError, StopHandle,
+    StopReason,
 };
 
 const CODE: Gpa = Gpa(0x10_0000);
@@ -16,7 +17,7 @@ const NO_RAM: u64 = 0x2000_0000;
 
 /// A partition whose first processor starts with `code`, in long mode with its first 2 MiB mapped.
 /// `None` where there is no KVM.
-fn partition(vps: u32, code: &[u8]) -> Option<Partition> {
+fn partition(vps: u32, code: &[u8]) -> Option<KvmPartition> {
     let memory = GuestMemory::new(4 << 20).unwrap();
     let (top, middle, bottom, gdt) = (Gpa(0x2000), Gpa(0x3000), Gpa(0x4000), Gpa(0x1000));
     memory.write_obj(top, &(middle.0 | 3)).unwrap();
@@ -29,7 +30,7 @@ fn partition(vps: u32, code: &[u8]) -> Option<Partition> {
     memory.write(CODE, code).unwrap();
 
     let config = PartitionConfig { vps, memory, hyper_v: HyperV::Absent, synthetic_timers: false };
-    let partition = match Partition::new(&config) {
+    let partition = match KvmPartition::new(&config) {
         Ok(partition) => partition,
         Err(PartitionError::NoKvm | PartitionError::NoPermission) => {
             eprintln!("skipped: no KVM here");
@@ -78,7 +79,7 @@ impl MessageSink for NoMessages {
     }
 }
 
-fn run(partition: &mut Partition, ports: Bus, mmio: Bus) -> StopReason {
+fn run(partition: &mut KvmPartition, ports: Bus, mmio: Bus) -> StopReason {
     let sink: Arc<dyn MessageSink> = Arc::new(NoMessages);
     partition.run(&Arc::new(ports), &Arc::new(mmio), &sink)
 }
@@ -152,7 +153,7 @@ fn too_many_processors_are_refused() {
             hyper_v: HyperV::Absent,
             synthetic_timers: false,
         };
-        match Partition::new(&config) {
+        match KvmPartition::new(&config) {
             Err(PartitionError::VpCount { asked, .. }) => assert_eq!(asked, vps),
             Err(PartitionError::NoKvm | PartitionError::NoPermission) => return,
             Err(error) => panic!("{error}"),

@@ -4,6 +4,8 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::machine::PartitionKind;
+
 /// What had been counted at some moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Costs {
@@ -63,7 +65,7 @@ impl Stamped {
 /// A run of the demo.
 #[derive(Debug)]
 pub struct Report {
-    host: &'static str,
+    kind: PartitionKind,
     lines: Vec<Stamped>,
     status: Option<u32>,
     time: Duration,
@@ -72,12 +74,12 @@ pub struct Report {
 impl Report {
     /// The guest's lines, its exit status, and how long all of it took.
     pub fn new(
-        host: &'static str,
+        kind: PartitionKind,
         lines: Vec<Stamped>,
         status: Option<u32>,
         time: Duration,
     ) -> Self {
-        Self { host, lines, status, time }
+        Self { kind, lines, status, time }
     }
 
     /// What went wrong, if something did.
@@ -87,6 +89,14 @@ impl Report {
             (Some(error), _) => Some(error.to_owned()),
             (None, Some(0)) => None,
             (None, status) => Some(format!("status {}", status.unwrap_or(u32::MAX))),
+        }
+    }
+
+    /// What the guest does when it needs the program.
+    fn exits(&self) -> &'static str {
+        match self.kind {
+            PartitionKind::Kvm(_) => "exits to user space",
+            PartitionKind::Hosted { .. } => "messages to the root",
         }
     }
 
@@ -106,7 +116,11 @@ impl Report {
         let mut say = |head: &str, text: String| {
             let _ = writeln!(out, "  {head:<8}{text}");
         };
-        say("host", self.host.to_owned());
+        say("host", self.kind.to_string());
+        if let Some(why) = self.kind.without_kvm() {
+            say("", format!("({why})"));
+        }
+        let name = self.kind.name();
         let first = self.lines.first().map_or(Duration::ZERO, |line| line.after);
         for line in &self.lines {
             if line.is("event", "connected") {
@@ -146,7 +160,8 @@ impl Report {
                 say(
                     "verify",
                     format!(
-                        "{} written ({}/s), flushed, read back ({}/s) and compared: all equal,",
+                        "{} written ({name}: {}/s), flushed, read back ({name}: {}/s) and \
+                         compared: all equal,",
                         size(bytes),
                         rate("write_nanoseconds"),
                         rate("read_nanoseconds"),
@@ -160,13 +175,13 @@ impl Report {
             let each = |count: u64| count as f64 / ios as f64;
             let exits = match costs.exits {
                 Some(exits) => format!("{:.2} exits", each(exits)),
-                None => format!("{:.2} exits to user space", each(costs.user_exits)),
+                None => format!("{:.2} {}", each(costs.user_exits), self.exits()),
             };
             say(
                 "read",
                 format!(
-                    "{} at random, {:>2} at a time: {:>7} a second; {exits}, {:.2} signals, {:.2} \
-                     interrupts each",
+                    "{} at random, {:>2} at a time, {name}: {:>7} a second; {exits}, {:.2} \
+                     signals, {:.2} interrupts each",
                     size(line.number("bs")),
                     line.number("depth"),
                     line.number("iops"),
@@ -176,11 +191,11 @@ impl Report {
             );
         }
         if self.benches().next().is_some() {
-            say(
-                "",
-                "(exit: the processor leaves the guest; signal: the guest wakes the disk's"
-                    .to_owned(),
-            );
+            let exit = match self.kind {
+                PartitionKind::Kvm(_) => "exit: the processor leaves the guest",
+                PartitionKind::Hosted { .. } => "message: the process asks for what it cannot do",
+            };
+            say("", format!("({exit}; signal: the guest wakes the disk's"));
             say(
                 "",
                 "service provider; interrupt: the service provider wakes the guest)".to_owned(),
@@ -203,8 +218,9 @@ impl Report {
         for (line, costs) in self.benches() {
             let exits = costs.exits.map_or("null".to_owned(), |exits| exits.to_string());
             benches.push(format!(
-                "{{\"depth\":{},\"ios\":{},\"iops\":{},\"exits\":{exits},\"user_exits\":{},\
+                "{{\"partition\":\"{}\",\"depth\":{},\"ios\":{},\"iops\":{},\"exits\":{exits},\"user_exits\":{},\
                  \"signals\":{},\"interrupts\":{}}}",
+                self.kind.name(),
                 line.number("depth"),
                 line.number("ios"),
                 line.number("iops"),
@@ -220,8 +236,10 @@ impl Report {
             .filter(|line| line.starts_with('{') && line.ends_with('}'))
             .collect();
         format!(
-            "{{\"host\":{},\"kept\":{},\"guest\":[{}],\"benches\":[{}],\"ok\":{},\"seconds\":{:.6}}}",
-            quoted(self.host),
+            "{{\"partition\":\"{}\",\"host\":{},\"without_kvm\":{},\"kept\":{},\"guest\":[{}],\"benches\":[{}],\"ok\":{},\"seconds\":{:.6}}}",
+            self.kind.name(),
+            quoted(&self.kind.to_string()),
+            self.kind.without_kvm().map_or("null".to_owned(), quoted),
             kept.map_or("null".to_owned(), |kept| quoted(&kept.to_string_lossy())),
             lines.join(","),
             benches.join(","),
@@ -271,6 +289,8 @@ fn size(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use hypervisor::kvm::HyperV;
+
     use super::*;
 
     fn line(text: &str, exits: u64) -> Stamped {
@@ -285,7 +305,8 @@ mod tests {
             line(r#"{"begin":"bench depth=4"}"#, 100),
             line(r#"{"result":"bench","disk":0,"bs":4096,"depth":4,"ios":200,"iops":1234}"#, 500),
         ];
-        let report = Report::new("a host", lines, Some(0), Duration::from_secs(1));
+        let report =
+            Report::new(PartitionKind::Kvm(HyperV::Kernel), lines, Some(0), Duration::from_secs(1));
         let words = report.words("a file", None);
         assert!(words.contains("1 device\n"), "{words}");
         assert!(words.contains("1234 a second; 2.00 exits, 1.00 signals"), "{words}");
@@ -298,9 +319,11 @@ mod tests {
     #[test]
     fn what_went_wrong_is_told() {
         let lines = vec![line(r#"{"error":"no disk"}"#, 0)];
-        let report = Report::new("a host", lines, Some(1), Duration::ZERO);
+        let report =
+            Report::new(PartitionKind::Kvm(HyperV::Kernel), lines, Some(1), Duration::ZERO);
         assert_eq!(report.error().as_deref(), Some("no disk"));
-        let report = Report::new("a host", Vec::new(), Some(101), Duration::ZERO);
+        let report =
+            Report::new(PartitionKind::Kvm(HyperV::Kernel), Vec::new(), Some(101), Duration::ZERO);
         assert_eq!(report.error().as_deref(), Some("status 101"));
     }
 

@@ -5,9 +5,9 @@
 
 use std::sync::{Arc, Mutex};
 
-use hypervisor::kvm::{self, HyperV, Partition, PartitionConfig};
+use hypervisor::kvm::{self, HyperV, KvmPartition, PartitionConfig};
 use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
-use hypervisor::{BootState, Bus, Device, Gpa, GuestMemory, StopHandle, StopReason};
+use hypervisor::{BootState, Bus, Device, Gpa, GuestMemory, Partition, StopHandle, StopReason};
 
 /// Where a guest's code starts, and where its handlers do.
 pub const CODE: Gpa = Gpa(0x10_0000);
@@ -30,11 +30,11 @@ const FAULTS: u32 = 0x7000;
 const INTERRUPTS: u32 = 0x7400;
 
 /// Four bytes written here are kept, and shown to the test.
-const REPORT: u16 = 0x100;
+pub const REPORT: u16 = 0x100;
 /// Numbers written here ask the test to do something, which it does before the guest goes on.
-const STEP: u16 = 0x108;
+pub const STEP: u16 = 0x108;
 /// Any write ends the run.
-const END: u16 = 0x110;
+pub const END: u16 = 0x110;
 
 /// Pages for the guest to use.
 pub const HYPERCALL_PAGE: u32 = 0x11_0000;
@@ -248,7 +248,7 @@ fn write_handlers(memory: &GuestMemory) {
 
 /// A partition whose first processor starts with `code`, or `None`, with the reason told, where
 /// this host cannot have one.
-pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<Partition> {
+pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<KvmPartition> {
     let lacking = match kvm::open() {
         Ok(kvm) => kvm::lacking(&kvm, hyper_v).map(str::to_owned),
         Err(error) => Some(error.to_string()),
@@ -277,7 +277,7 @@ pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<Partition
     write_handlers(&memory);
     memory.write(CODE, &code.0).unwrap();
     let config = PartitionConfig { vps: 1, memory, hyper_v, synthetic_timers: timers };
-    let partition = Partition::new(&config).unwrap();
+    let partition = KvmPartition::new(&config).unwrap();
     let state = BootState {
         entry: CODE,
         argument: 0,
@@ -335,10 +335,21 @@ impl MessageSink for Messages {
 
 /// Runs the guest to its end, and returns what it has reported. Its steps are `on_step`'s to do.
 pub fn run(
-    partition: &mut Partition,
+    partition: &mut impl Partition,
     messages: &Arc<Messages>,
     on_step: impl FnMut(u32) + Send + 'static,
 ) -> Vec<u64> {
+    let (reason, reports) = run_to_any_end(partition, messages, on_step);
+    assert_eq!(reason, StopReason::PowerOff, "after {reports:x?}");
+    reports
+}
+
+/// The same for a guest that may end as it likes; says how it did.
+pub fn run_to_any_end(
+    partition: &mut impl Partition,
+    messages: &Arc<Messages>,
+    on_step: impl FnMut(u32) + Send + 'static,
+) -> (StopReason, Vec<u64>) {
     let words = Arc::<Mutex<Vec<u32>>>::default();
     let device = Reports {
         words: Arc::clone(&words),
@@ -360,6 +371,6 @@ pub fn run(
     let _ = done.send(());
     watchdog.join().unwrap();
     let words = words.lock().unwrap();
-    assert_eq!(reason, StopReason::PowerOff, "after {words:x?}");
-    words.chunks(2).map(|pair| u64::from(pair[0]) | u64::from(pair[1]) << 32).collect()
+    let words = words.chunks_exact(2);
+    (reason, words.map(|pair| u64::from(pair[0]) | u64::from(pair[1]) << 32).collect())
 }

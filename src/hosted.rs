@@ -1,0 +1,193 @@
+//! The built-in guest in a partition without KVM: the same drivers and the same runner as in the
+//! image, compiled into this program, which runs itself once more as the guest's process.
+
+#![allow(unsafe_code)] // The processor's memory becomes the guest's pages.
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use guest_drivers::boot::{BootParameters, CONSOLE_PORT, EXIT_PORT};
+use guest_drivers::memory::{PAGE, Pages};
+use guest_drivers::platform::{Message, Platform, PlatformCounters};
+use guest_drivers::runner;
+use hypervisor::hosted::{GuestProgram, Processor};
+use hypervisor::synic::ConnectionId;
+use vm_memory::{VolatileMemory, VolatileSlice};
+use vmbus::client::HvStatus;
+
+use crate::boot::BuiltinError;
+
+/// The first argument of the process that is a guest. It is no command for people.
+pub const COMMAND: &str = "hosted-guest";
+
+/// This program as a guest that does `work`; as much work as in other partitions.
+pub fn program(work: &str) -> Result<GuestProgram, BuiltinError> {
+    if work.len() > BootParameters::COMMAND_LINE_ROOM {
+        return Err(BuiltinError::TooMuchWork { len: work.len() });
+    }
+    // The file itself, whatever has become of its name.
+    let path = "/proc/self/exe".into();
+    Ok(GuestProgram { path, arguments: vec![COMMAND.to_owned(), work.to_owned()] })
+}
+
+/// Is the guest. Returns only if this process cannot be one.
+pub fn run(work: &str) -> anyhow::Result<()> {
+    let processor = Processor::start()
+        .context("this command is how partita starts a guest where there is no KVM")?;
+    let guest = HostedGuest::new(processor)?;
+    let status = runner::run(&guest, work);
+    guest.processor.port_write(EXIT_PORT, 4, &status.to_le_bytes());
+    // The root ends this process, now that it knows.
+    loop {
+        guest.processor.halt();
+    }
+}
+
+/// Synthetic registers (TLFS, "Synthetic MSRs").
+mod msr {
+    pub const GUEST_OS_ID: u32 = 0x4000_0000;
+    pub const SCONTROL: u32 = 0x4000_0080;
+    pub const SIEFP: u32 = 0x4000_0082;
+    pub const SIMP: u32 = 0x4000_0083;
+    pub const EOM: u32 = 0x4000_0084;
+    pub const SINT2: u32 = 0x4000_0092;
+}
+
+/// An open-source system (bit 63) of a kind that has no number.
+const GUEST_OS_ID: u64 = 1 << 63 | 0x7f << 56;
+
+/// Any vector will do: a process has one interrupt.
+const VECTOR: u64 = 0x20;
+
+const POST_MESSAGE: u64 = 0x5c;
+
+/// How the guest divides its memory. Page 0 is left alone, so that no address is 0.
+const MESSAGES: usize = PAGE;
+const EVENTS: usize = 2 * PAGE;
+const INPUT: usize = 3 * PAGE;
+const SHARED: usize = 4 * PAGE;
+
+/// Bytes of a SINT's message slot and of its event flags, and where the VMBus's are in their pages.
+const PER_SINT: usize = 256;
+const SINT: usize = 2 * PER_SINT;
+
+/// The guest's world.
+struct HostedGuest {
+    processor: Processor,
+    started: Instant,
+    halts: std::cell::Cell<u64>,
+}
+
+impl HostedGuest {
+    /// Switches the SynIC on.
+    fn new(processor: Processor) -> anyhow::Result<Self> {
+        for (register, value) in [
+            (msr::GUEST_OS_ID, GUEST_OS_ID),
+            (msr::SIMP, MESSAGES as u64 | 1),
+            (msr::SIEFP, EVENTS as u64 | 1),
+            (msr::SCONTROL, 1),
+            (msr::SINT2, VECTOR),
+        ] {
+            if !processor.register_write(register, value) {
+                bail!("register {register:#x} does not take {value:#x}");
+            }
+        }
+        Ok(Self { processor, started: Instant::now(), halts: std::cell::Cell::new(0) })
+    }
+
+    /// A word of the pages that the hypervisor writes to.
+    fn word(memory: &VolatileSlice<'_>, offset: usize) -> u32 {
+        memory.get_atomic_ref::<AtomicU32>(offset).map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+}
+
+impl Platform for HostedGuest {
+    fn memory(&self) -> Pages<'_> {
+        let memory = self.processor.memory();
+        let count = memory.len().saturating_sub(SHARED) / PAGE;
+        let start = self.processor.memory_start().as_ptr().wrapping_add(SHARED);
+        let start = NonNull::new(start).unwrap_or(NonNull::dangling());
+        // SAFETY: the memory stays mapped as long as the process lives, has so many pages behind
+        // those that are used here, and the root, too, uses them by atomics and volatile accesses.
+        unsafe { Pages::new(start, (SHARED / PAGE) as u64, count) }
+    }
+
+    fn post_message(&self, connection: u32, message_type: u32, payload: &[u8]) -> HvStatus {
+        let memory = self.processor.memory();
+        let payload = payload.get(..Message::ROOM).unwrap_or(payload);
+        // The input of the hypercall, as it lies in memory.
+        let mut input = [0; 256];
+        let head = [connection, 0, message_type, payload.len() as u32];
+        for (to, from) in input.chunks_exact_mut(4).zip(head) {
+            to.copy_from_slice(&from.to_le_bytes());
+        }
+        for (to, from) in input.iter_mut().skip(16).zip(payload) {
+            *to = *from;
+        }
+        if let Ok(place) = memory.get_slice(INPUT, input.len()) {
+            place.copy_from(&input);
+        }
+        HvStatus(self.processor.hypercall(POST_MESSAGE, INPUT as u64).0)
+    }
+
+    fn signal_event(&self, connection: u32) {
+        self.processor.signal_event(ConnectionId::new(connection));
+    }
+
+    fn take_message(&self) -> Option<Message> {
+        const SLOT: usize = MESSAGES + SINT;
+        const PENDING: u8 = 1;
+
+        let memory = self.processor.memory();
+        let kind = memory.get_atomic_ref::<AtomicU32>(SLOT).ok()?;
+        let message_type = kind.load(Ordering::Acquire);
+        if message_type == 0 {
+            return None;
+        }
+        let size = (Self::word(&memory, SLOT + 4) & 0xff) as usize;
+        let mut payload = [0; Message::ROOM];
+        memory.get_slice(SLOT + 16, payload.len()).ok()?.copy_to(&mut payload);
+        kind.store(0, Ordering::Release);
+        // The flag is looked at after the slot is free, or a message that came in between waits.
+        fence(Ordering::SeqCst);
+        let flags = memory.get_atomic_ref::<AtomicU8>(SLOT + 5).ok()?;
+        if flags.load(Ordering::Relaxed) & PENDING != 0 {
+            self.processor.register_write(msr::EOM, 0);
+        }
+        Some(Message::new(message_type, payload.get(..size).unwrap_or(&payload)))
+    }
+
+    fn idle(&self) {
+        self.halts.set(self.halts.get() + 1);
+        self.processor.halt();
+        let memory = self.processor.memory();
+        let flags = (EVENTS + SINT..EVENTS + SINT + PER_SINT).step_by(4);
+        for flags in flags.filter_map(|at| memory.get_atomic_ref::<AtomicU32>(at).ok()) {
+            if flags.load(Ordering::Relaxed) != 0 {
+                flags.swap(0, Ordering::AcqRel);
+            }
+        }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    fn line(&self, text: &str) {
+        let mut buffer = [b'\n'; 1024];
+        // The runner's lines are shorter; a longer one is cut.
+        let len = text.len().min(buffer.len() - 1);
+        for (to, from) in buffer.iter_mut().zip(text.bytes().take(len)) {
+            *to = from;
+        }
+        if let Some(line) = buffer.get(..=len) {
+            self.processor.port_write(CONSOLE_PORT, 1, line);
+        }
+    }
+
+    fn counters(&self) -> PlatformCounters {
+        PlatformCounters { halts: self.halts.get(), interrupts: self.processor.interrupts() }
+    }
+}
