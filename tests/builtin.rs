@@ -1,8 +1,10 @@
-//! The built-in guest in a real partition, where there is a KVM.
+//! The built-in guest in real partitions: a virtual machine's, where there is a KVM, and a hosted
+//! one.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
@@ -10,16 +12,16 @@ fn partita(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_partita")).args(arguments).output().unwrap()
 }
 
-/// Whether there is a KVM that serves; otherwise a line says that the test was skipped.
-fn kvm_is_there() -> bool {
-    let there = hypervisor::kvm::open().is_ok_and(|kvm| {
+/// What there is here for guests to run in, as `--partition` has it.
+fn partitions() -> &'static [&'static str] {
+    let kvm = hypervisor::kvm::open().is_ok_and(|kvm| {
         let interface = hypervisor::kvm::preferred_hyper_v(&kvm);
         hypervisor::kvm::lacking(&kvm, interface).is_none()
     });
-    if !there {
-        eprintln!("skipped: no KVM here that can run the built-in guest");
+    if !kvm {
+        eprintln!("skipped with kvm: there is none here that can run the built-in guest");
     }
-    there
+    if kvm { &["kvm", "hosted"] } else { &["hosted"] }
 }
 
 /// What a run that ended well printed.
@@ -28,7 +30,8 @@ fn output(arguments: &[&str]) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{:?}\n{text}\n{errors}", output.status);
-    assert_eq!(errors, "");
+    let said = errors.lines().all(|line| line.starts_with("partita: the guest runs in "));
+    assert!(said, "{errors}");
     text
 }
 
@@ -40,73 +43,133 @@ fn image(folder: &TempDir, name: &str, bytes: u64) -> String {
 
 #[test]
 fn the_guest_works_on_its_disks() {
-    if !kvm_is_there() {
-        return;
+    for partition in partitions() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (image(&folder, "a", 2 << 20), image(&folder, "b", 1 << 20));
+        let text = output(&[
+            "run",
+            "--partition",
+            partition,
+            "--builtin",
+            "identify; verify disk=1 bytes=256k bs=4k; bench time=30ms depth=4",
+            "--disk",
+            &format!("path={first}"),
+            "--disk",
+            &format!("path={second},controller=2,lun=5"),
+            "--memory",
+            "64M",
+        ]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(
+            lines[0].contains(r#""event":"connected","bus":"vmbus","version":"5.3","offers":2"#)
+        );
+        assert!(text.contains(r#""disk":0,"driver":"storvsc","controller":0,"lun":0,"#), "{text}");
+        assert!(text.contains(r#""disk":1,"driver":"storvsc","controller":1,"lun":5,"#), "{text}");
+        assert!(text.contains(r#""result":"verify","disk":1,"bytes":262144,"#), "{text}");
+        assert!(
+            text.contains(r#""result":"bench","disk":0,"pattern":"rand","rw":"read","bs":4096"#)
+        );
+        let bytes = std::fs::read(&second).unwrap();
+        assert_ne!(bytes[..8], [0; 8]);
+        assert_eq!(bytes[256 << 10..], [0; 768 << 10]);
+        assert!(std::fs::read(&first).unwrap().iter().all(|byte| *byte == 0));
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (first, second) = (image(&folder, "a", 2 << 20), image(&folder, "b", 1 << 20));
-    let text = output(&[
-        "run",
-        "--builtin",
-        "identify; verify disk=1 bytes=256k bs=4k; bench time=30ms depth=4",
-        "--disk",
-        &format!("path={first}"),
-        "--disk",
-        &format!("path={second},controller=2,lun=5"),
-        "--memory",
-        "64M",
-    ]);
-    let lines: Vec<&str> = text.lines().collect();
-    assert!(lines[0].contains(r#""event":"connected","bus":"vmbus","version":"5.3","offers":2"#));
-    assert!(text.contains(r#""disk":0,"driver":"storvsc","controller":0,"lun":0,"#), "{text}");
-    assert!(text.contains(r#""disk":1,"driver":"storvsc","controller":1,"lun":5,"#), "{text}");
-    assert!(text.contains(r#""result":"verify","disk":1,"bytes":262144,"#), "{text}");
-    assert!(text.contains(r#""result":"bench","disk":0,"pattern":"rand","rw":"read","bs":4096"#));
-    let bytes = std::fs::read(&second).unwrap();
-    assert_ne!(bytes[..8], [0; 8]);
-    assert_eq!(bytes[256 << 10..], [0; 768 << 10]);
-    assert!(std::fs::read(&first).unwrap().iter().all(|byte| *byte == 0));
 }
 
 #[test]
 fn what_goes_wrong_in_the_guest_is_the_programs_status() {
-    if !kvm_is_there() {
-        return;
-    }
-    for (work, status, said) in [
-        ("verify disk=7", 1, "there is no disk 7; there are 0, counted from 0"),
-        ("dance", 2, "'dance' is no work; say identify, verify or bench"),
-    ] {
-        let output = partita(&["run", "--builtin", work, "--memory", "32M"]);
-        assert_eq!(output.status.code(), Some(status), "{output:?}");
-        let text = String::from_utf8(output.stdout).unwrap();
-        assert!(text.contains(&format!(r#"{{"error":"{said}"}}"#)), "{text}");
+    for partition in partitions() {
+        for (work, status, said) in [
+            ("verify disk=7", 1, "there is no disk 7; there are 0, counted from 0"),
+            ("dance", 2, "'dance' is no work; say identify, verify or bench"),
+        ] {
+            let output =
+                partita(&["run", "--partition", partition, "--builtin", work, "--memory", "32M"]);
+            assert_eq!(output.status.code(), Some(status), "{output:?}");
+            let text = String::from_utf8(output.stdout).unwrap();
+            assert!(text.contains(&format!(r#"{{"error":"{said}"}}"#)), "{text}");
+        }
     }
 }
 
 #[test]
 fn the_demo_shows_what_happened_and_leaves_nothing() {
-    if !kvm_is_there() {
-        return;
+    for partition in partitions() {
+        let text = output(&["demo", "--partition", partition]);
+        for part in [
+            "host",
+            "VMBus, version 5.3",
+            "1 opened: a SCSI controller with 1 disk",
+            "compared",
+            &format!("32 at a time, {partition}: "),
+            "the guest switched itself off",
+        ] {
+            assert!(text.contains(part), "no '{part}' in\n{text}");
+        }
+        let json = output(&["demo", "--json", "--partition", partition]);
+        assert!(json.starts_with('{') && json.ends_with("}\n") && json.contains(r#""ok":true"#));
+        assert!(json.contains(&format!(r#""partition":"{partition}""#)), "{json}");
+        assert!(json.contains(r#""kept":null"#), "{json}");
     }
-    let text = output(&["demo"]);
-    for part in [
-        "host",
-        "VMBus, version 5.3",
-        "1 opened: a SCSI controller with 1 disk",
-        "compared",
-        "32 at a time",
-        "the guest switched itself off",
-    ] {
-        assert!(text.contains(part), "no '{part}' in\n{text}");
-    }
-    let json = output(&["demo", "--json"]);
-    assert!(json.starts_with('{') && json.ends_with("}\n") && json.contains(r#""ok":true"#));
-    assert!(json.contains(r#""kept":null"#), "{json}");
-
     let json = output(&["demo", "--json", "--keep"]);
     let (_, rest) = json.split_once(r#""kept":""#).unwrap();
     let kept = Path::new(rest.split('"').next().unwrap());
     assert_eq!(std::fs::metadata(kept).unwrap().len(), 64 << 20);
     std::fs::remove_file(kept).unwrap();
+}
+
+/// Ends the run when its guest is killed in the middle of its work.
+#[test]
+fn a_killed_guest_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = format!("path={}", image(&folder, "a", 1 << 20));
+    let work = ["run", "--partition", "hosted", "--builtin", "bench time=60s", "--disk", &disk];
+    let mut run = Command::new(env!("CARGO_BIN_EXE_partita"))
+        .args(work)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(run.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains(r#""begin":"bench"#)), "it never began");
+    let children = format!("/proc/{0}/task/{0}/children", run.id());
+    let guest = std::fs::read_to_string(children).unwrap();
+    let guest: Vec<&str> = guest.split_whitespace().collect();
+    assert_eq!(guest.len(), 1, "{guest:?}");
+    assert!(Command::new("kill").args(["-KILL", guest[0]]).status().unwrap().success());
+    let output = run.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = errors.lines().collect();
+    assert_eq!(lines.len(), 2, "{errors}");
+    assert!(lines[0].contains("the guest runs in a hosted partition"), "{errors}");
+    assert_eq!(lines[1], "partita: the guest's process was ended by signal 9");
+}
+
+#[test]
+fn a_guest_is_no_command_for_people() {
+    let output = partita(&["hosted-guest", "identify"]);
+    assert_eq!(output.status.code(), Some(1));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(errors.contains("this command is how partita starts a guest"), "{errors}");
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+    assert!(!String::from_utf8(partita(&["--help"]).stdout).unwrap().contains("hosted-guest"));
+}
+
+#[test]
+fn a_hosted_partition_has_its_bounds() {
+    for (arguments, refusal) in [
+        (
+            &["run", "--partition", "hosted", "--kernel", "k"][..],
+            "--partition hosted: a kernel needs KVM; only --builtin runs without",
+        ),
+        (
+            &["run", "--partition", "hosted", "--builtin", "identify", "--cpus", "2"],
+            "--cpus 2: a hosted partition has one virtual processor",
+        ),
+    ] {
+        let output = partita(arguments);
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("partita: {refusal}\n"));
+    }
 }

@@ -45,3 +45,8 @@ fn client_messages() {
 fn storvsc_completions() {
     replay("storvsc_completions", vsc::fuzzing::fuzz_storvsc);
 }
+
+#[test]
+fn hosted_intercepts() {
+    replay("hosted_intercepts", hypervisor::hosted::fuzzing::fuzz_intercepts);
+}
