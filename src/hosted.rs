@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use guest_drivers::boot::{BootParameters, CONSOLE_PORT, EXIT_PORT};
+use guest_drivers::json::Object;
 use guest_drivers::memory::{PAGE, Pages};
 use guest_drivers::platform::{Message, Platform, PlatformCounters};
 use guest_drivers::runner;
@@ -36,12 +37,29 @@ pub fn program(work: &str) -> Result<GuestProgram, BuiltinError> {
 pub fn run(work: &str) -> anyhow::Result<()> {
     let processor = Processor::start()
         .context("this command is how partita starts a guest where there is no KVM")?;
+    std::panic::set_hook(Box::new(report_panic));
     let guest = HostedGuest::new(processor)?;
     let status = runner::run(&guest, work);
     guest.processor.port_write(EXIT_PORT, 4, &status.to_le_bytes());
     // The root ends this process, now that it knows.
     loop {
         guest.processor.halt();
+    }
+}
+
+/// How a guest that panics ends, as the image does.
+const PANICKED: u32 = 101;
+
+/// Says what went wrong, in the way that the runner's readers expect. Whatever else a panic does is
+/// more than this process may.
+fn report_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    let mut error = Object::default().string("error", panic);
+    Processor::last_words(CONSOLE_PORT, 1, error.line().as_bytes());
+    Processor::last_words(CONSOLE_PORT, 1, b"\n");
+    Processor::last_words(EXIT_PORT, 4, &PANICKED.to_le_bytes());
+    // The root ends this process.
+    loop {
+        std::hint::spin_loop();
     }
 }
 

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use tempfile::TempDir;
 
@@ -118,11 +118,10 @@ fn the_demo_shows_what_happened_and_leaves_nothing() {
     std::fs::remove_file(kept).unwrap();
 }
 
-/// Ends the run when its guest is killed in the middle of its work.
-#[test]
-fn a_killed_guest_is_one_line() {
-    let folder = tempfile::tempdir().unwrap();
-    let disk = format!("path={}", image(&folder, "a", 1 << 20));
+/// A run in a hosted partition whose guest has begun to work and will not end soon, and the number
+/// of its guest's process.
+fn long_run(folder: &TempDir) -> (Child, String) {
+    let disk = format!("path={}", image(folder, "a", 1 << 20));
     let work = ["run", "--partition", "hosted", "--builtin", "bench time=60s", "--disk", &disk];
     let mut run = Command::new(env!("CARGO_BIN_EXE_partita"))
         .args(work)
@@ -136,7 +135,15 @@ fn a_killed_guest_is_one_line() {
     let guest = std::fs::read_to_string(children).unwrap();
     let guest: Vec<&str> = guest.split_whitespace().collect();
     assert_eq!(guest.len(), 1, "{guest:?}");
-    assert!(Command::new("kill").args(["-KILL", guest[0]]).status().unwrap().success());
+    let guest = guest[0].to_owned();
+    (run, guest)
+}
+
+#[test]
+fn a_killed_guest_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, guest) = long_run(&folder);
+    assert!(Command::new("kill").args(["-KILL", &guest]).status().unwrap().success());
     let output = run.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let errors = String::from_utf8(output.stderr).unwrap();
@@ -144,6 +151,19 @@ fn a_killed_guest_is_one_line() {
     assert_eq!(lines.len(), 2, "{errors}");
     assert!(lines[0].contains("the guest runs in a hosted partition"), "{errors}");
     assert_eq!(lines[1], "partita: the guest's process was ended by signal 9");
+}
+
+#[test]
+fn a_guest_does_not_outlive_its_root() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut run, guest) = long_run(&folder);
+    run.kill().unwrap();
+    run.wait().unwrap();
+    // Whoever inherits it may take a while to bury it.
+    let stat = format!("/proc/{guest}/stat");
+    while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+        std::thread::yield_now();
+    }
 }
 
 #[test]

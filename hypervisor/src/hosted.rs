@@ -19,7 +19,7 @@ mod wire;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -115,12 +115,14 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Its standard input is the socket. What it prints goes nowhere: to a file without a name, since
-/// there need not be a /dev/null.
+/// there need not be a /dev/null. In a process group of its own, it does not get the terminal's
+/// Ctrl-C, which is for the root to hear.
 fn spawn(program: &GuestProgram, socket: OwnedFd) -> io::Result<Child> {
     let nowhere = rustix::fs::memfd_create(c"nowhere", MemfdFlags::CLOEXEC)?;
     Command::new(&program.path)
         .args(&program.arguments)
         .env_clear()
+        .process_group(0)
         .stdin(Stdio::from(socket))
         .stdout(Stdio::from(nowhere.try_clone()?))
         .stderr(Stdio::from(nowhere))

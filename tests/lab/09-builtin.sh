@@ -1,6 +1,7 @@
 #!/bin/sh
 # The built-in guest, by a KVM that has Hyper-V support: it works on two disks by the kernel's
-# interface and by ours, a write that must fail is told, and the demo is whole.
+# interface and by ours, a write that must fail is told, and the demo is whole,
+# without KVM too.
 . "$(dirname "$0")/lib.sh"
 
 truncate -s 32M first.img
@@ -25,4 +26,13 @@ expect '"error":"the write of block .* failed: the unit refused the command with
 partita demo | tee console.log
 expect 'KVM with its own Hyper-V support'
 expect 'all equal'
+expect 'the guest switched itself off'
+
+# The same guest as a process, by itself where /dev/kvm is gone.
+mv /dev/kvm /dev/kvm.away
+partita demo | tee console.log
+mv /dev/kvm.away /dev/kvm
+expect 'a hosted partition'
+expect '/dev/kvm does not exist'
+expect 'hosted: *[0-9]* a second'
 expect 'the guest switched itself off'

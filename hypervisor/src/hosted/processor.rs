@@ -98,6 +98,14 @@ impl Processor {
         }
     }
 
+    /// [`Self::port_write`] from wherever the process comes to grief, such as a panic's hook: needs
+    /// no processor at hand, and waits for no answer.
+    pub fn last_words(port: u16, width: usize, data: &[u8]) {
+        for data in data.chunks(STRING) {
+            let _ = Intercept::PortWrite { port, width, data }.send(socket());
+        }
+    }
+
     /// `rdmsr`; `None` is a fault.
     pub fn register_read(&self, register: u32) -> Option<u64> {
         self.intercept(&Intercept::RegisterRead { register })
