@@ -3,7 +3,6 @@
 
 #![allow(unsafe_code)] // The processor's memory becomes the guest's pages.
 
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
 use std::time::Instant;
 
@@ -30,7 +29,8 @@ pub fn program(work: &str) -> Result<GuestProgram, BuiltinError> {
     }
     // The file itself, whatever has become of its name.
     let path = "/proc/self/exe".into();
-    Ok(GuestProgram { path, arguments: vec![COMMAND.to_owned(), work.to_owned()] })
+    // Work that begins with a dash is no option.
+    Ok(GuestProgram { path, arguments: [COMMAND, "--", work].map(str::to_owned).into() })
 }
 
 /// Is the guest. Returns only if this process cannot be one.
@@ -101,6 +101,9 @@ struct HostedGuest {
 impl HostedGuest {
     /// Switches the SynIC on.
     fn new(processor: Processor) -> anyhow::Result<Self> {
+        if processor.memory().len() < SHARED {
+            bail!("the guest needs {SHARED} bytes of memory for itself");
+        }
         for (register, value) in [
             (msr::GUEST_OS_ID, GUEST_OS_ID),
             (msr::SIMP, MESSAGES as u64 | 1),
@@ -124,9 +127,9 @@ impl HostedGuest {
 impl Platform for HostedGuest {
     fn memory(&self) -> Pages<'_> {
         let memory = self.processor.memory();
-        let count = memory.len().saturating_sub(SHARED) / PAGE;
-        let start = self.processor.memory_start().as_ptr().wrapping_add(SHARED);
-        let start = NonNull::new(start).unwrap_or(NonNull::dangling());
+        let count = (memory.len() - SHARED) / PAGE;
+        // SAFETY: `new` has seen that the memory has these pages.
+        let start = unsafe { self.processor.memory_start().add(SHARED) };
         // SAFETY: the memory stays mapped as long as the process lives, has so many pages behind
         // those that are used here, and the root, too, uses them by atomics and volatile accesses.
         unsafe { Pages::new(start, (SHARED / PAGE) as u64, count) }

@@ -82,6 +82,7 @@ fn what_goes_wrong_in_the_guest_is_the_programs_status() {
         for (work, status, said) in [
             ("verify disk=7", 1, "there is no disk 7; there are 0, counted from 0"),
             ("dance", 2, "'dance' is no work; say identify, verify or bench"),
+            ("-d", 2, "'-d' is no work; say identify, verify or bench"),
         ] {
             let output =
                 partita(&["run", "--partition", partition, "--builtin", work, "--memory", "32M"]);
