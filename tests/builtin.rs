@@ -84,8 +84,8 @@ fn what_goes_wrong_in_the_guest_is_the_programs_status() {
             ("dance", 2, "'dance' is no work; say identify, verify or bench"),
             ("-d", 2, "'-d' is no work; say identify, verify or bench"),
         ] {
-            let output =
-                partita(&["run", "--partition", partition, "--builtin", work, "--memory", "32M"]);
+            let work = format!("--builtin={work}");
+            let output = partita(&["run", "--partition", partition, &work, "--memory", "32M"]);
             assert_eq!(output.status.code(), Some(status), "{output:?}");
             let text = String::from_utf8(output.stdout).unwrap();
             assert!(text.contains(&format!(r#"{{"error":"{said}"}}"#)), "{text}");
