@@ -54,7 +54,7 @@ pub struct LinuxBoot<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Read {
         /// Which.
         path: PathBuf,
@@ -406,8 +406,8 @@ mod tests {
         let initrd = Path::new("/nonexistent/initrd");
         let missing = LinuxBoot { initrd: Some(initrd), ..boot(&kernel, None) };
         let text = refusal(&missing, 64 * MIB);
-        assert!(text.starts_with("cannot read /nonexistent/initrd: No such file"), "{text}");
+        assert_eq!(text, "cannot read /nonexistent/initrd");
         let directory = LinuxBoot { kernel: Path::new("/"), ..boot(&kernel, None) };
-        assert!(refusal(&directory, 64 * MIB).starts_with("cannot read /: Is a directory"));
+        assert_eq!(refusal(&directory, 64 * MIB), "cannot read /");
     }
 }
