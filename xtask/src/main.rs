@@ -36,8 +36,8 @@ enum Chore {
 /// Starts a Debian Linux under emulation (L1) whose KVM boots unmodified guests (L2), and runs the command there
 /// with `partita` on its PATH. In L1: /lab/cloud/vmlinuz and /lab/full/vmlinuz, Debian's kernels; /lab/initrd, an
 /// initramfs for guests on either; `with-script SCRIPT OUT`, which makes one that runs SCRIPT. What the command
-/// leaves in /lab/out comes back to target/lab/out. The first call brings packages by apt into target/lab, as any
-/// user, and installs nothing.
+/// leaves in /lab/out, and what it changes of the files given, comes back to target/lab/out. The first call brings
+/// packages by apt into target/lab, as any user, and installs nothing.
 #[derive(Args)]
 #[command(after_help = "Example, a guest that lists its disks:
   echo 'wait-for /dev/sda; lsblk' >/tmp/ls.sh

@@ -138,6 +138,8 @@ impl<'a> Layers<'a> {
         if let Some(script) = script {
             archive.copy(script, "lab/script")?;
         }
+        let given: String = files.iter().map(|file| format!("{}\n", file.destination)).collect();
+        archive.file("lab/given", 0o644, given.as_bytes())?;
         for file in files {
             add_tree(&mut archive, &file.source, file.destination.trim_start_matches('/'))?;
         }
