@@ -36,7 +36,7 @@ struct Tally {
     skipped: u64,
     /// The skips that fail a run under CI.
     grave_skips: u64,
-    /// One line for each failure and skip, shown again at the end.
+    /// One line for each failure, skip and oddity, shown again at the end.
     notes: Vec<String>,
 }
 
@@ -48,6 +48,11 @@ impl Tally {
     fn fail(&mut self, what: impl fmt::Display) {
         self.failed += 1;
         self.notes.push(format!("failed: {what}"));
+    }
+
+    /// Has a line shown again at the end.
+    fn note(&mut self, what: impl fmt::Display) {
+        self.notes.push(what.to_string());
     }
 
     /// Counts tests that this machine cannot run.

@@ -4,7 +4,7 @@
 //! with 0.
 
 use std::collections::VecDeque;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -27,8 +27,10 @@ const LIMIT: u64 = 240;
 /// How much longer L1 may take to start and to end such a test.
 const GRACE: u64 = 60;
 
-/// How often in a run L1 may stand still, as emulated processors now and then do.
-const STANDSTILLS: u32 = 3;
+/// How many tests of a run may have a second chance, which is told. The emulation under L1 is not sound: rarely, a
+/// guest goes astray for which nobody but the emulator is to blame, or L1 itself stands still. A test that is right to
+/// fail fails twice.
+const SECOND_CHANCES: u32 = 2;
 
 /// How many lines of a failed test are shown.
 const TAIL: usize = 40;
@@ -55,7 +57,7 @@ pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
     let round = Round {
         folder,
         left: Mutex::new(tests.into()),
-        standstills: AtomicU32::new(0),
+        second_chances: AtomicU32::new(SECOND_CHANCES),
         tally: Mutex::new(tally),
     };
     thread::scope(|scope| {
@@ -71,8 +73,8 @@ struct Round<'a> {
     /// Where the tests are.
     folder: PathBuf,
     left: Mutex<VecDeque<String>>,
-    /// How often L1 stood still.
-    standstills: AtomicU32,
+    /// How many tests may still have a second chance.
+    second_chances: AtomicU32,
     tally: Mutex<&'a mut Tally>,
 }
 
@@ -82,12 +84,26 @@ impl Round<'_> {
         loop {
             let next = lock(&self.left).pop_front();
             let Some(test) = next else { return };
-            while !self.ran(&test) {}
+            let Err(first) = self.ran(&test) else { continue };
+            let chance = |left: u32| left.checked_sub(1);
+            let left = &self.second_chances;
+            if left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, chance).is_err() {
+                lock(&self.tally).fail(format_args!("lab test {test}: {first}"));
+                continue;
+            }
+            println!("once more {test}");
+            match self.ran(&test) {
+                Ok(()) => lock(&self.tally).note(format_args!(
+                    "passed only the second time: lab test {test}; at first: {first}"
+                )),
+                Err(second) => lock(&self.tally)
+                    .fail(format_args!("lab test {test}: {second}; at first: {first}")),
+            }
         }
     }
 
-    /// Runs one test; false if it is to be tried again.
-    fn ran(&self, test: &str) -> bool {
+    /// Runs one test; the error says in one line how it failed.
+    fn ran(&self, test: &str) -> Result<(), String> {
         let limit = LIMIT.to_string();
         let arguments = ["sh", "-c", RUNNER, "run-lab-tests", &limit, test];
         let destination = "/lab/tests".to_owned();
@@ -100,25 +116,21 @@ impl Round<'_> {
         let mut report = Report::new(&self.tally);
         let outcome = lab::run_with(&options, &mut |text| report.take(text));
         let Report { ended, under_way, .. } = report;
-        let fail = |what: &dyn fmt::Display| lock(&self.tally).fail(what);
         match outcome {
-            Ok(_) if ended.iter().any(|name| name == test) => {}
-            Ok(_) => fail(&format_args!("the lab did not run {test}")),
+            Ok(_) => match ended.iter().find(|(name, _)| name == test) {
+                Some((_, status)) if status == "0" => Ok(()),
+                Some((_, status)) => Err(format!("status {status}")),
+                None => Err("the lab did not run it".to_owned()),
+            },
+            // L1 ends a test that takes too long by itself; here even that did not happen.
             Err(error) => {
                 if let Some(test) = under_way {
                     test.show_end();
                 }
-                // L1 ends a test that takes too long by itself, and that test has failed. If even that
-                // did not happen, the emulated machine stands still, which is told and tried again.
-                if self.standstills.fetch_add(1, Ordering::Relaxed) < STANDSTILLS {
-                    println!("{test}: L1 gave no answer, once more: {error:#}");
-                    return false;
-                }
                 println!("FAILED {test}: {error:#}");
-                fail(&format_args!("lab test {test}: {}", first_line(&error)));
+                Err(first_line(&error))
             }
         }
-        true
     }
 }
 
@@ -178,7 +190,8 @@ struct Report<'a, 'b> {
     /// The beginning of a line whose end has not come yet.
     partial: Vec<u8>,
     under_way: Option<UnderWay>,
-    ended: Vec<String>,
+    /// The tests that have ended, each with its status.
+    ended: Vec<(String, String)>,
 }
 
 impl<'a, 'b> Report<'a, 'b> {
@@ -210,9 +223,8 @@ impl<'a, 'b> Report<'a, 'b> {
                 } else {
                     test.show_end();
                     println!("FAILED {name} with status {status} ({took:.1} s)");
-                    lock(self.tally).fail(format_args!("lab test {name}, with status {status}"));
                 }
-                self.ended.push((*name).to_owned());
+                self.ended.push(((*name).to_owned(), (*status).to_owned()));
                 self.under_way = None;
             }
             (_, Some(test)) => {
@@ -241,8 +253,9 @@ mod tests {
         ] {
             report.take(piece.as_bytes());
         }
-        assert_eq!(report.ended, ["01-a", "02-b"]);
+        let ended = [("01-a", "0"), ("02-b", "9")];
+        assert_eq!(report.ended, ended.map(|(name, status)| (name.to_owned(), status.to_owned())));
         assert_eq!(report.under_way.as_ref().map(|test| test.name.as_str()), Some("03-c"));
-        assert_eq!(tally.to_string(), "1 passed, 1 failed, 0 skipped");
+        assert_eq!(tally.to_string(), "1 passed, 0 failed, 0 skipped");
     }
 }
