@@ -5,6 +5,7 @@
 
 mod cmos;
 mod i8042;
+pub mod pci;
 mod pm;
 mod uart;
 

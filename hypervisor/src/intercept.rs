@@ -17,6 +17,21 @@ pub trait Device: Send + Sync {
 
     /// The guest writes `data` at `offset` from the start of the range.
     fn write(&self, offset: u64, data: &[u8]);
+
+    /// A string instruction reads at `offset` several times, `width` bytes each. A device with a
+    /// data port may do all of it at once.
+    fn read_string(&self, offset: u64, width: usize, data: &mut [u8]) {
+        for unit in data.chunks_exact_mut(width) {
+            self.read(offset, unit);
+        }
+    }
+
+    /// A string instruction writes at `offset` several times, `width` bytes each.
+    fn write_string(&self, offset: u64, width: usize, data: &[u8]) {
+        for unit in data.chunks_exact(width) {
+            self.write(offset, unit);
+        }
+    }
 }
 
 /// A range of ports or addresses with a name, for messages.
@@ -143,6 +158,23 @@ impl Bus {
         }
     }
 
+    /// A guest's string read: `data` is a number of units of `width` bytes, all from `address`.
+    pub fn read_string(&self, address: u64, width: usize, data: &mut [u8]) {
+        data.fill(0xff);
+        match self.find(address, width) {
+            Some((device, offset)) => device.read_string(offset, width, data),
+            None => self.count_unclaimed(address),
+        }
+    }
+
+    /// A guest's string write.
+    pub fn write_string(&self, address: u64, width: usize, data: &[u8]) {
+        match self.find(address, width) {
+            Some((device, offset)) => device.write_string(offset, width, data),
+            None => self.count_unclaimed(address),
+        }
+    }
+
     fn count_unclaimed(&self, address: u64) {
         self.unclaimed.fetch_add(1, Ordering::Relaxed);
         tracing::trace!(address = format_args!("{address:#x}"), "unclaimed access");
@@ -219,6 +251,13 @@ mod tests {
         bus.write(0x101, &[7]);
         assert_eq!(*recorder.0.lock().unwrap(), [(1, vec![7])]);
         assert_eq!(bus.unclaimed(), 0);
+
+        // A string instruction stays at its port.
+        let mut string = [0; 4];
+        bus.read_string(0x101, 2, &mut string);
+        assert_eq!(string, [1; 4]);
+        bus.write_string(0x103, 1, &[8, 9]);
+        assert_eq!(recorder.0.lock().unwrap()[1..], [(3, vec![8]), (3, vec![9])]);
 
         // Half in, half out: nobody's.
         bus.read(0x103, &mut data);

@@ -76,9 +76,11 @@ impl DeferredWrites {
             // SAFETY: the entry lies in the page, and the kernel leaves it alone until `first` has
             // passed it.
             let entry = unsafe { entry.read() };
-            first.store((at + 1) % ENTRIES, Ordering::Release);
             let len = (entry.len as usize).min(entry.data.len());
             write(entry.phys_addr, &entry.data[..len]);
+            // Only now: whoever finds the ring empty goes on at once, and must find the device as
+            // the entry has left it.
+            first.store((at + 1) % ENTRIES, Ordering::Release);
         }
     }
 }

@@ -346,15 +346,17 @@ impl Vp {
             Ok(VcpuExit::IoIn(port, data)) => {
                 counters.count(ExitKind::PortRead);
                 buses.catch_up();
-                for unit in data.chunks_exact_mut(port_width(run)) {
-                    buses.ports.read(port.into(), unit);
+                match port_width(run) {
+                    width if width == data.len() => buses.ports.read(port.into(), data),
+                    width => buses.ports.read_string(port.into(), width, data),
                 }
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 counters.count(ExitKind::PortWrite);
                 buses.catch_up();
-                for unit in data.chunks_exact(port_width(run)) {
-                    buses.ports.write(port.into(), unit);
+                match port_width(run) {
+                    width if width == data.len() => buses.ports.write(port.into(), data),
+                    width => buses.ports.write_string(port.into(), width, data),
                 }
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
