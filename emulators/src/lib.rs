@@ -5,13 +5,17 @@
 
 mod cmos;
 mod i8042;
+mod ide;
 pub mod pci;
 mod pm;
+mod smbus;
 mod uart;
 
 pub use cmos::Cmos;
 pub use i8042::I8042;
+pub use ide::{DriveError, Ide, IdeCounters, IdeDisks, Place as IdePlace};
 pub use pm::{PmBlock, ResetRegister, SLEEP_TYPE_S5};
+pub use smbus::SmBus;
 pub use uart::Uart;
 
 use hypervisor::Device;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::{COMMAND_BUS_MASTER, COMMAND_IO, ConfigPorts, Decode, Function, IoWindow};
-use crate::PmBlock;
+use crate::{PmBlock, SmBus};
 
 const INTEL: u16 = 0x8086;
 
@@ -61,11 +61,13 @@ fn ide() -> (Function, Arc<Decode>) {
 }
 
 /// The function that ACPI's fixed hardware belongs to. Its ports are fixed, and its SCI is wired to
-/// ISA interrupt 9. There is no SMBus.
+/// ISA interrupt 9. The SMBus is its too.
 fn power_management() -> Function {
     let mut function = Function::new(INTEL, 0x7113, 0x06_8000, 3);
     function.put(0x06, &0x0280_u16.to_le_bytes());
     function.put(0x40, &u32::from(PmBlock::PORT | 1).to_le_bytes()); // PMBASE
     function.put(0x80, &[1]); // PMREGMISC: the ports are decoded
+    function.put(0x90, &u32::from(SmBus::PORT | 1).to_le_bytes()); // SMBBA
+    function.put(0xd2, &[0x09]); // SMBHSTCFG: switched on, interrupts by IRQ 9
     function
 }

@@ -1,0 +1,771 @@
+//! One IDE channel: the registers of up to two drives and of the bus master, as a state machine
+//! without I/O.
+//!
+//! ```text
+//!            command                    job is done            last block read or written
+//!   Idle ─────────────> Busy (a Job) ────────────────> Data ───────────────────────────> Idle
+//!    ^  └─> Data (IDENTIFY, PIO write)  └─> Idle         └─> Busy (more to read or write)
+//!    └──────── Armed (DMA command) ──bus master starts──> Busy
+//! ```
+//!
+//! Accesses of the guest come in as reads and writes of registers. What they want of the host comes
+//! out of [`Channel::take_job`], and goes back into [`Channel::finish`]; while a job is out, the
+//! channel is busy, whatever the guest does, resets included: a reset then takes effect when the job
+//! has come back, as on a drive that has to finish a sector first. So no request to the host is ever
+//! called back, and no memory changes under one.
+
+use backends::block::{BlockErrorKind, Geometry, SECTOR};
+
+use super::bits::{command, control, device, error, feature, master, status};
+use super::drive::{Drive, DriveError, Form, MAX_MULTIPLE, MAX_TRIM_BLOCKS};
+
+/// What is buffered of a PIO transfer: as much as the longest 28-bit command moves.
+pub(super) const BUFFER: usize = 256 * SECTOR as usize;
+
+/// Something the host shall do for a drive.
+#[derive(Debug)]
+pub(super) struct Job {
+    /// Which drive, 0 or 1.
+    pub(super) drive: usize,
+    /// What to do.
+    pub(super) work: Work,
+    /// [`BUFFER`] bytes. They come back with the result.
+    pub(super) buffer: Box<[u8]>,
+}
+
+/// What to do. Offsets and lengths are bytes, in range and in whole sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    /// From the disk into the buffer.
+    Read { offset: u64, len: u32 },
+    /// From the buffer to the disk.
+    Write { offset: u64, len: u32, fua: bool },
+    /// From the disk to where the table of physical regions at `table` says.
+    ReadDma { offset: u64, len: u32, table: u32 },
+    /// From there to the disk.
+    WriteDma { offset: u64, len: u32, table: u32, fua: bool },
+    /// All that was written goes to stable storage.
+    Flush,
+    /// Ranges are read from memory, `len` bytes of them, and discarded.
+    Trim { len: u32, table: u32 },
+}
+
+/// What became of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// All of it is done. If the table named more memory than there was data, `table_left`.
+    Done {
+        /// The bus master stays active then, as it waits for more.
+        table_left: bool,
+    },
+    /// The disk could not do it.
+    Disk(BlockErrorKind),
+    /// The table of physical regions is too short, or not all in RAM.
+    Table,
+    /// The ranges to be discarded are not on the disk.
+    Range,
+}
+
+/// What the channel is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    /// The guest reads or writes `buffer[at..]`; a data block ends at `block`, the buffered part of
+    /// the transfer at `end`.
+    Data {
+        write: bool,
+        at: usize,
+        block: usize,
+        end: usize,
+    },
+    /// A DMA command waits for the bus master.
+    Armed,
+    /// A job is to be taken, or is out.
+    Busy,
+}
+
+/// A command that moves sectors.
+#[derive(Clone, Copy, Debug)]
+struct Transfer {
+    kind: Kind,
+    form: Form,
+    /// The first sector that no job has been made for, and how many there are from there on.
+    next: u64,
+    left: u32,
+    /// Where the present job has started.
+    start: u64,
+    fua: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// No sectors: flush.
+    None,
+    Read {
+        block: usize,
+    },
+    Write {
+        block: usize,
+    },
+    Verify,
+    ReadDma,
+    WriteDma,
+    Trim,
+}
+
+/// A register of the command block, by its offset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Register(u8);
+
+impl Register {
+    const FEATURES: Self = Self(1);
+    const COUNT: Self = Self(2);
+    const DEVICE: Self = Self(6);
+    const COMMAND: Self = Self(7);
+}
+
+/// One channel.
+#[derive(Debug)]
+pub(super) struct Channel {
+    drives: [Option<Drive>; 2],
+    /// The device register: drive, and the upper bits of an address.
+    device: u8,
+    control: u8,
+    phase: Phase,
+    /// Whose phase it is.
+    active: usize,
+    transfer: Transfer,
+    /// Not here while a job is out.
+    buffer: Option<Box<[u8]>>,
+    job: Option<Work>,
+    /// A reset came while a job was out.
+    reset: bool,
+    /// The drive interrupts.
+    interrupt: bool,
+    /// The interrupt line as [`Self::take_edge`] last saw it.
+    line: bool,
+    master: BusMaster,
+}
+
+/// The bus master's registers.
+#[derive(Clone, Copy, Debug, Default)]
+struct BusMaster {
+    command: u8,
+    status: u8,
+    table: u32,
+}
+
+impl Channel {
+    pub(super) fn new() -> Self {
+        Self {
+            drives: [None, None],
+            device: 0,
+            control: 0,
+            phase: Phase::Idle,
+            active: 0,
+            transfer: Transfer {
+                kind: Kind::None,
+                form: Form::Short,
+                next: 0,
+                left: 0,
+                start: 0,
+                fua: false,
+            },
+            buffer: Some(vec![0; BUFFER].into_boxed_slice()),
+            job: None,
+            reset: false,
+            interrupt: false,
+            line: false,
+            master: BusMaster::default(),
+        }
+    }
+
+    /// Puts a disk at place 0 or 1.
+    pub(super) fn attach(&mut self, place: usize, geometry: &Geometry) -> Result<(), DriveError> {
+        let drive = Drive::new(geometry)?;
+        if let Some(slot) = self.drives.get_mut(place) {
+            *slot = Some(drive);
+        }
+        Ok(())
+    }
+
+    /// The job that the last access has made, if it has made one.
+    pub(super) fn take_job(&mut self) -> Option<Job> {
+        let buffer = self.buffer.take_if(|_| self.job.is_some())?;
+        let work = self.job.take()?;
+        Some(Job { drive: self.active, work, buffer })
+    }
+
+    /// Whether a job waits to be taken.
+    pub(super) fn has_job(&self) -> bool {
+        self.job.is_some()
+    }
+
+    /// Whether the interrupt line has gone up since the last call.
+    pub(super) fn take_edge(&mut self) -> bool {
+        let line = self.interrupt && self.control & control::NIEN == 0;
+        let edge = line && !self.line;
+        self.line = line;
+        if edge {
+            self.master.status |= master::INTERRUPT; // it notes every one
+        }
+        edge
+    }
+
+    fn selected(&self) -> usize {
+        usize::from(self.device & device::DEV != 0)
+    }
+
+    /// Whether the selected drive is at something, so that it takes no register writes.
+    fn is_busy(&self) -> bool {
+        self.in_reset() || self.phase == Phase::Busy
+    }
+
+    fn in_reset(&self) -> bool {
+        self.reset || self.control & control::SRST != 0
+    }
+
+    fn status(&self) -> u8 {
+        let selected = self.selected();
+        let Some(Some(drive)) = self.drives.get(selected) else { return 0 };
+        if self.in_reset() {
+            return status::BSY;
+        }
+        if selected != self.active {
+            return drive.status;
+        }
+        match self.phase {
+            Phase::Idle => drive.status,
+            Phase::Data { .. } => drive.status | status::DRQ,
+            // DMARQ waits for the bus master; DRQ says so.
+            Phase::Armed => drive.status | status::DRQ,
+            Phase::Busy => status::BSY,
+        }
+    }
+
+    /// Reads the status without acknowledging the interrupt (alternate status).
+    pub(super) fn read_control(&self) -> u8 {
+        self.status()
+    }
+
+    /// Reads register 1 to 7 of the command block.
+    pub(super) fn read(&mut self, register: u8) -> u8 {
+        if Register(register) == Register::COMMAND {
+            self.interrupt = false;
+            return self.status();
+        }
+        let high = self.control & control::HOB != 0;
+        let Some(Some(drive)) = self.drives.get(self.selected()) else {
+            // Nobody drives the bus but the resistor that pulls bit 7 down, and the other drive,
+            // which answers with zeroes.
+            return 0;
+        };
+        match Register(register) {
+            Register::FEATURES => drive.error,
+            Register::COUNT => drive.count.get(high),
+            Register::DEVICE => self.device | device::ONES,
+            _ => match drive.lba.get(usize::from(register).wrapping_sub(3)) {
+                Some(pair) => pair.get(high),
+                None => 0,
+            },
+        }
+    }
+
+    /// Writes register 1 to 7 of the command block.
+    pub(super) fn write(&mut self, register: u8, value: u8) {
+        if self.is_busy() {
+            return;
+        }
+        self.control &= !control::HOB; // any write does that
+        match Register(register) {
+            Register::COMMAND => return self.command(value),
+            Register::DEVICE => self.device = value,
+            _ => {}
+        }
+        // Both drives hear what is written.
+        for drive in self.drives.iter_mut().flatten() {
+            match Register(register) {
+                Register::FEATURES => drive.features.write(value),
+                Register::COUNT => drive.count.write(value),
+                _ => {
+                    if let Some(pair) = drive.lba.get_mut(usize::from(register).wrapping_sub(3)) {
+                        pair.write(value);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes the device control register.
+    pub(super) fn write_control(&mut self, value: u8) {
+        let before = self.control;
+        self.control = value;
+        if before & control::SRST == 0 && value & control::SRST != 0 {
+            if self.phase == Phase::Busy {
+                self.reset = true;
+            } else {
+                self.restart();
+            }
+        }
+    }
+
+    /// What a software reset comes to in the end.
+    fn restart(&mut self) {
+        self.reset = false;
+        self.interrupt = false;
+        self.job = None;
+        self.phase = Phase::Idle;
+        self.active = 0;
+        self.device = 0;
+        self.master.status &= !master::ACTIVE;
+        for drive in self.drives.iter_mut().flatten() {
+            drive.put_signature();
+        }
+    }
+
+    /// Reads the data register: any number of bytes, as string instructions do.
+    pub(super) fn read_data(&mut self, mut data: &mut [u8]) {
+        while !data.is_empty()
+            && self.selected() == self.active
+            && let Phase::Data { write: false, at, block, end } = self.phase
+            && let Some(source) = self.buffer.as_deref().and_then(|buffer| buffer.get(at..block))
+        {
+            let count = data.len().min(source.len());
+            let (now, later) = data.split_at_mut(count);
+            now.copy_from_slice(&source[..count]);
+            data = later;
+            self.advance(false, at + count, block, end);
+        }
+    }
+
+    /// Writes the data register.
+    pub(super) fn write_data(&mut self, mut data: &[u8]) {
+        while !data.is_empty()
+            && self.selected() == self.active
+            && let Phase::Data { write: true, at, block, end } = self.phase
+            && let Some(target) =
+                self.buffer.as_deref_mut().and_then(|buffer| buffer.get_mut(at..block))
+        {
+            let count = data.len().min(target.len());
+            let (now, later) = data.split_at(count);
+            target[..count].copy_from_slice(now);
+            data = later;
+            self.advance(true, at + count, block, end);
+        }
+    }
+
+    /// Data has been moved up to `at`: goes on with the block, the next block, or the disk.
+    fn advance(&mut self, write: bool, at: usize, block: usize, end: usize) {
+        if at < block {
+            self.phase = Phase::Data { write, at, block, end };
+        } else if at < end {
+            let next = (at + self.block()).min(end);
+            self.phase = Phase::Data { write, at, block: next, end };
+            self.interrupt = true;
+        } else if write {
+            let Transfer { start, fua, .. } = self.transfer;
+            let len = end as u32;
+            self.order(Work::Write { offset: start * u64::from(SECTOR), len, fua });
+        } else if self.transfer.left > 0 {
+            self.order_sectors();
+        } else {
+            self.phase = Phase::Idle;
+        }
+    }
+
+    /// Bytes in a data block of the command.
+    fn block(&self) -> usize {
+        match self.transfer.kind {
+            Kind::Read { block } | Kind::Write { block } => block,
+            _ => SECTOR as usize,
+        }
+    }
+
+    fn order(&mut self, work: Work) {
+        self.phase = Phase::Busy;
+        self.job = Some(work);
+    }
+
+    /// Takes the next sectors off the transfer, `most` of them. Returns the first and how many.
+    fn take_sectors(&mut self, most: u32) -> (u64, u32) {
+        let transfer = &mut self.transfer;
+        let count = transfer.left.min(most);
+        transfer.start = transfer.next;
+        transfer.next += u64::from(count);
+        transfer.left -= count;
+        (transfer.start * u64::from(SECTOR), count * SECTOR)
+    }
+
+    /// Reads what fits the buffer.
+    fn order_sectors(&mut self) {
+        let (offset, len) = self.take_sectors(BUFFER as u32 / SECTOR);
+        self.order(Work::Read { offset, len });
+    }
+
+    /// Lets the guest write what fits the buffer.
+    fn ask_for_sectors(&mut self) {
+        let (_, len) = self.take_sectors(BUFFER as u32 / SECTOR);
+        let end = len as usize;
+        self.phase = Phase::Data { write: true, at: 0, block: self.block().min(end), end };
+    }
+
+    /// The guest may read the first `end` bytes of the buffer.
+    fn offer(&mut self, end: usize) {
+        self.phase = Phase::Data { write: false, at: 0, block: self.block().min(end), end };
+        self.interrupt = true;
+    }
+
+    /// Takes a job back.
+    pub(super) fn finish(&mut self, buffer: Box<[u8]>, outcome: Outcome) {
+        let len = buffer.len();
+        self.buffer = Some(buffer);
+        debug_assert_eq!(len, BUFFER);
+        if self.reset || self.phase != Phase::Busy {
+            return self.restart();
+        }
+        let table_left = match outcome {
+            Outcome::Done { table_left } => table_left,
+            failure => return self.fail(failure),
+        };
+        match self.transfer.kind {
+            Kind::Read { .. } => {
+                let sectors = self.transfer.next - self.transfer.start;
+                return self.offer((sectors as usize * SECTOR as usize).min(BUFFER));
+            }
+            Kind::Write { .. } if self.transfer.left > 0 => {
+                self.ask_for_sectors();
+                self.interrupt = true;
+                return;
+            }
+            Kind::Verify if self.transfer.left > 0 => return self.order_sectors(),
+            Kind::ReadDma | Kind::WriteDma | Kind::Trim => {
+                if !table_left {
+                    self.master.status &= !master::ACTIVE;
+                }
+            }
+            Kind::None | Kind::Write { .. } | Kind::Verify => {}
+        }
+        self.succeed();
+    }
+
+    fn drive_mut(&mut self) -> Option<&mut Drive> {
+        self.drives.get_mut(self.active)?.as_mut()
+    }
+
+    /// Ends a command well.
+    fn succeed(&mut self) {
+        self.phase = Phase::Idle;
+        self.interrupt = true;
+        if let Some(drive) = self.drive_mut() {
+            drive.status = status::DRDY | status::DSC;
+            drive.error = 0;
+        }
+    }
+
+    /// Ends a command with bits of the error register.
+    fn abort(&mut self, bits: u8) {
+        self.succeed();
+        if let Some(drive) = self.drive_mut() {
+            drive.status |= status::ERR;
+            drive.error = bits;
+        }
+    }
+
+    /// Ends a command that the host could not carry out.
+    fn fail(&mut self, outcome: Outcome) {
+        let reading =
+            matches!(self.transfer.kind, Kind::Read { .. } | Kind::ReadDma | Kind::Verify);
+        let bits = match outcome {
+            Outcome::Table => error::ICRC | error::ABRT,
+            Outcome::Range => error::IDNF | error::ABRT,
+            Outcome::Disk(BlockErrorKind::OutOfRange) => error::IDNF,
+            Outcome::Disk(BlockErrorKind::Io) if reading => error::UNC,
+            _ => error::ABRT,
+        };
+        self.abort(bits);
+        let Transfer { start, form, kind, .. } = self.transfer;
+        if matches!(kind, Kind::ReadDma | Kind::WriteDma | Kind::Trim) {
+            self.master.status &= !master::ACTIVE;
+            if outcome == Outcome::Table {
+                self.master.status |= master::ERROR;
+            }
+        }
+        let device_register = self.device;
+        let Some(drive) = self.drive_mut() else { return };
+        if !reading && matches!(outcome, Outcome::Disk(_)) {
+            drive.status |= status::DF;
+        }
+        let device_register = drive.put_address(start, form, device_register);
+        if self.selected() == self.active {
+            self.device = device_register;
+        }
+    }
+
+    /// A command for the selected drive.
+    fn command(&mut self, code: u8) {
+        if code == command::EXECUTE_DIAGNOSTIC {
+            // Both drives carry it out, and drive 0 answers.
+            self.restart();
+            self.interrupt = self.drives.iter().any(Option::is_some);
+            return;
+        }
+        self.active = self.selected();
+        let register = self.device;
+        self.interrupt = false;
+        let Some(drive) = self.drive_mut() else {
+            self.phase = Phase::Idle;
+            return; // nobody heard it
+        };
+        drive.error = 0;
+        drive.status = status::DRDY | status::DSC;
+        // A transfer that was not finished is given up.
+        self.phase = Phase::Idle;
+        self.transfer = Transfer {
+            kind: Kind::None,
+            form: Form::Short,
+            next: 0,
+            left: 0,
+            start: 0,
+            fua: false,
+        };
+        if self.sectors(code, register) {
+            return;
+        }
+        match code {
+            command::IDENTIFY_DEVICE => self.page(Drive::identify),
+            command::SMART => self.smart(),
+            command::SET_FEATURES => self.set_features(),
+            command::DATA_SET_MANAGEMENT => self.data_set_management(),
+            command::FLUSH_CACHE | command::FLUSH_CACHE_EXT => self.order(Work::Flush),
+            command::SET_MULTIPLE => self.set_multiple(),
+            command::INITIALIZE_PARAMETERS => {
+                let Some(drive) = self.drive_mut() else { return };
+                let track = drive.count.current;
+                if track == 0 {
+                    return self.abort(error::ABRT);
+                }
+                drive.set_geometry((register & 0x0f) + 1, track);
+                self.succeed();
+            }
+            command::CHECK_POWER_MODE => {
+                const ACTIVE: u8 = 0xff;
+                if let Some(drive) = self.drive_mut() {
+                    drive.count.set(ACTIVE);
+                }
+                self.succeed();
+            }
+            command::STANDBY_IMMEDIATE
+            | command::IDLE_IMMEDIATE
+            | command::STANDBY
+            | command::IDLE
+            | command::SLEEP
+            | command::SEEK
+            | command::RECALIBRATE..=0x1f => self.succeed(),
+            _ => self.abort(error::ABRT),
+        }
+    }
+
+    /// Starts a command that moves sectors. Returns whether `code` is one.
+    fn sectors(&mut self, code: u8, register: u8) -> bool {
+        let Some(drive) = self.drive_mut() else { return false };
+        let one = SECTOR as usize;
+        let several = usize::from(drive.multiple) * one;
+        let (kind, form) = match code {
+            command::READ_SECTORS | command::READ_SECTORS_NO_RETRY => {
+                (Kind::Read { block: one }, Form::Short)
+            }
+            command::READ_SECTORS_EXT => (Kind::Read { block: one }, Form::Long),
+            command::READ_MULTIPLE => (Kind::Read { block: several }, Form::Short),
+            command::READ_MULTIPLE_EXT => (Kind::Read { block: several }, Form::Long),
+            command::WRITE_SECTORS | command::WRITE_SECTORS_NO_RETRY => {
+                (Kind::Write { block: one }, Form::Short)
+            }
+            command::WRITE_SECTORS_EXT => (Kind::Write { block: one }, Form::Long),
+            command::WRITE_MULTIPLE => (Kind::Write { block: several }, Form::Short),
+            command::WRITE_MULTIPLE_EXT => (Kind::Write { block: several }, Form::Long),
+            command::READ_VERIFY | command::READ_VERIFY_NO_RETRY => (Kind::Verify, Form::Short),
+            command::READ_VERIFY_EXT => (Kind::Verify, Form::Long),
+            command::READ_DMA | command::READ_DMA_NO_RETRY => (Kind::ReadDma, Form::Short),
+            command::READ_DMA_EXT => (Kind::ReadDma, Form::Long),
+            command::WRITE_DMA | command::WRITE_DMA_NO_RETRY => (Kind::WriteDma, Form::Short),
+            command::WRITE_DMA_EXT | command::WRITE_DMA_FUA_EXT => (Kind::WriteDma, Form::Long),
+            _ => return false,
+        };
+        let writes = matches!(kind, Kind::Write { .. } | Kind::WriteDma);
+        let refused = match kind {
+            Kind::Read { block: 0 } | Kind::Write { block: 0 } => true,
+            _ => writes && drive.read_only,
+        };
+        if refused {
+            self.abort(error::ABRT);
+            return true;
+        }
+        let count = drive.sector_count(form);
+        let first = drive.address(form, register);
+        let first = first.filter(|first| {
+            first.checked_add(u64::from(count)).is_some_and(|end| end <= drive.sectors)
+        });
+        let fua = !drive.write_cache || code == command::WRITE_DMA_FUA_EXT;
+        let Some(first) = first else {
+            self.abort(error::IDNF);
+            return true;
+        };
+        self.transfer = Transfer { kind, form, next: first, left: count, start: first, fua };
+        match kind {
+            Kind::Read { .. } | Kind::Verify => self.order_sectors(),
+            Kind::Write { .. } => self.ask_for_sectors(), // the first block without an interrupt
+            _ => self.arm(),
+        }
+        true
+    }
+
+    /// A DMA command waits for the bus master, or goes on at once if it runs already.
+    fn arm(&mut self) {
+        self.phase = Phase::Armed;
+        self.run_master();
+    }
+
+    /// Lets the guest read a page of 512 bytes.
+    fn page(&mut self, fill: impl FnOnce(&Drive, &mut [u8; 512])) {
+        let drive = self.drives.get(self.active).and_then(Option::as_ref);
+        let page = self.buffer.as_deref_mut().and_then(<[u8]>::first_chunk_mut);
+        if let (Some(drive), Some(page)) = (drive, page) {
+            fill(drive, page);
+            self.offer(512);
+        }
+    }
+
+    fn set_multiple(&mut self) {
+        let Some(drive) = self.drive_mut() else { return };
+        let count = drive.count.current;
+        if count != 0 && (!count.is_power_of_two() || count > MAX_MULTIPLE) {
+            return self.abort(error::ABRT);
+        }
+        drive.multiple = count;
+        self.succeed();
+    }
+
+    fn set_features(&mut self) {
+        let Some(drive) = self.drive_mut() else { return };
+        let known = match drive.features.current {
+            feature::TRANSFER_MODE => drive.set_mode(drive.count.current),
+            feature::ENABLE_WRITE_CACHE => {
+                drive.write_cache = true;
+                true
+            }
+            feature::DISABLE_WRITE_CACHE => {
+                drive.write_cache = false;
+                // What is cached has to go first.
+                return self.order(Work::Flush);
+            }
+            feature::ENABLE_LOOK_AHEAD => {
+                drive.look_ahead = true;
+                true
+            }
+            feature::DISABLE_LOOK_AHEAD => {
+                drive.look_ahead = false;
+                true
+            }
+            feature::KEEP_SETTINGS | feature::REVERT_SETTINGS => true,
+            _ => false,
+        };
+        if known { self.succeed() } else { self.abort(error::ABRT) }
+    }
+
+    fn smart(&mut self) {
+        // Written to the address registers with every sub-command, and given back as "well".
+        const KEY: (u8, u8) = (0x4f, 0xc2);
+        let Some(drive) = self.drive_mut() else { return };
+        let keyed = (drive.lba[1].current, drive.lba[2].current) == KEY;
+        let sub_command = drive.features.current;
+        if !keyed || (!drive.smart && sub_command != feature::SMART_ENABLE) {
+            return self.abort(error::ABRT);
+        }
+        match sub_command {
+            feature::SMART_ENABLE => drive.smart = true,
+            feature::SMART_DISABLE => drive.smart = false,
+            feature::SMART_AUTOSAVE | feature::SMART_RETURN_STATUS => {}
+            feature::SMART_READ_DATA | feature::SMART_READ_THRESHOLDS => {
+                return self.page(|_, page| Drive::smart_data(page));
+            }
+            _ => return self.abort(error::ABRT),
+        }
+        self.succeed();
+    }
+
+    fn data_set_management(&mut self) {
+        let Some(drive) = self.drive_mut() else { return };
+        let blocks = drive.sector_count(Form::Long);
+        let trim = drive.features.current == feature::TRIM;
+        if !trim || !drive.trims() || blocks > u32::from(MAX_TRIM_BLOCKS) {
+            return self.abort(error::ABRT);
+        }
+        self.transfer.kind = Kind::Trim;
+        self.transfer.left = blocks;
+        self.arm();
+    }
+
+    /// Starts the transfer when drive and bus master are both ready for it.
+    fn run_master(&mut self) {
+        let running = self.master.command & master::START != 0;
+        let to_memory = self.master.command & master::TO_MEMORY != 0;
+        // A master that runs the other way waits for a drive that never comes.
+        if self.phase != Phase::Armed
+            || !running
+            || to_memory != (self.transfer.kind == Kind::ReadDma)
+        {
+            return;
+        }
+        let table = self.master.table;
+        let Transfer { kind, fua, .. } = self.transfer;
+        let (offset, len) = self.take_sectors(u32::MAX);
+        self.order(match kind {
+            Kind::ReadDma => Work::ReadDma { offset, len, table },
+            Kind::WriteDma => Work::WriteDma { offset, len, table, fua },
+            _ => Work::Trim { len, table },
+        });
+    }
+
+    /// Reads a bus-master register, by its offset in the channel's eight.
+    pub(super) fn read_master(&self, offset: u8) -> u8 {
+        match offset {
+            0 => self.master.command,
+            2 => self.master.status,
+            4..=7 => self.master.table.to_le_bytes()[usize::from(offset - 4)],
+            _ => 0,
+        }
+    }
+
+    /// Writes a bus-master register. `may_start` if the function may access memory.
+    pub(super) fn write_master(&mut self, offset: u8, value: u8, may_start: bool) {
+        match offset {
+            0 => {
+                let before = self.master.command;
+                self.master.command = value & (master::START | master::TO_MEMORY);
+                if value & master::START == 0 {
+                    self.master.status &= !master::ACTIVE;
+                } else if !may_start {
+                    self.master.command = before & !master::START;
+                } else if before & master::START == 0 {
+                    self.master.status |= master::ACTIVE;
+                    self.run_master();
+                }
+            }
+            2 => {
+                let cleared = value & (master::INTERRUPT | master::ERROR);
+                let status = self.master.status & !cleared & !master::DRIVES_CAPABLE;
+                self.master.status = status | value & master::DRIVES_CAPABLE;
+            }
+            4..=7 => {
+                let mut bytes = self.master.table.to_le_bytes();
+                bytes[usize::from(offset - 4)] = value;
+                self.master.table = u32::from_le_bytes(bytes) & !3;
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "channel_tests.rs"]
+mod tests;

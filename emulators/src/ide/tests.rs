@@ -1,0 +1,191 @@
+use std::sync::atomic::AtomicU32;
+
+use backends::block::{BlockErrorKind, Operation};
+use backends::ram::RamDisk;
+use backends::testing::{FaultyDisk, Gate, Rule};
+use hypervisor::Gpa;
+
+use super::*;
+use crate::pci::{ConfigPorts, chipset};
+
+#[derive(Default)]
+struct Line {
+    pulses: Mutex<u32>,
+    raised: std::sync::Condvar,
+    seen: AtomicU32,
+}
+
+impl InterruptLine for Line {
+    fn pulse(&self) {
+        *self.pulses.lock().unwrap() += 1;
+        self.raised.notify_all();
+    }
+
+    fn set_level(&self, _: bool) {}
+}
+
+impl Line {
+    /// Sleeps until it has been raised once more.
+    fn wait(&self) {
+        let seen = self.seen.fetch_add(1, Ordering::Relaxed);
+        let pulses = self.pulses.lock().unwrap();
+        drop(self.raised.wait_while(pulses, |pulses| *pulses <= seen).unwrap());
+    }
+}
+
+/// A controller with one disk, on the first channel, and a guest's hands.
+struct Machine {
+    memory: GuestMemory,
+    line: Arc<Line>,
+    command: Arc<dyn Device>,
+    control: Arc<dyn Device>,
+    master: Arc<dyn Device>,
+    _ide: Ide,
+}
+
+const TABLE: u32 = 0x1000;
+const DATA: u32 = 0x4000;
+
+impl Machine {
+    fn new(disk: Arc<dyn Disk>) -> Self {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        let mut disks = IdeDisks::default();
+        disks.attach(None, None, disk).unwrap();
+        let line = Arc::new(Line::default());
+        let ide = Ide::new(&memory, &disks, [line.clone(), Arc::new(Line::default())]).unwrap();
+        let mut pci = ConfigPorts::new(Arc::new(crate::Nothing));
+        let decode = chipset::populate(&mut pci);
+        pci.write(0, &0x8000_0904_u32.to_le_bytes());
+        pci.write(4, &[5]);
+        let (command, control) = (ide.command_block(0), ide.control_block(0));
+        let master = ide.bus_master(decode);
+        Self { memory, line, command, control, master, _ide: ide }
+    }
+
+    fn command(&self, code: u8, lba: u8, count: u8) {
+        for (register, value) in [(2, count), (3, lba), (4, 0), (5, 0), (6, 0xe0), (7, code)] {
+            self.command.write(register, &[value]);
+        }
+    }
+
+    fn read(&self, register: u64) -> u8 {
+        let mut value = [0];
+        self.command.read(register, &mut value);
+        value[0]
+    }
+
+    /// A DMA command over one region of `len` bytes at [`DATA`]. Returns status and the bus master's.
+    fn dma(&self, code: u8, direction: u8, lba: u8, count: u8, len: u16) -> (u8, u8) {
+        self.memory.write_obj(Gpa(TABLE.into()), &DATA).unwrap();
+        self.memory.write_obj(Gpa(u64::from(TABLE) + 4), &len).unwrap();
+        self.memory.write_obj(Gpa(u64::from(TABLE) + 6), &0x8000_u16).unwrap();
+        self.master.write(4, &TABLE.to_le_bytes());
+        self.master.write(2, &[6]);
+        self.command(code, lba, count);
+        self.master.write(0, &[direction]);
+        self.master.write(0, &[direction | 1]);
+        self.line.wait();
+        let mut master = [0];
+        self.master.read(2, &mut master);
+        self.master.write(0, &[0]);
+        (self.read(7), master[0])
+    }
+}
+
+#[test]
+fn data_goes_by_pio_and_comes_back_by_dma() {
+    let machine = Machine::new(Arc::new(RamDisk::new(1 << 20).unwrap()));
+    let data: Vec<u8> = (0..1024_u32).map(|n| (n * 7 / 8) as u8).collect();
+    machine.command(0x30, 3, 2);
+    for sector in data.chunks(512) {
+        assert_eq!(machine.read(7) & 0x88, 0x08);
+        machine.command.write_string(0, 2, sector);
+        // After the first block, and after the whole, when the disk has it.
+        machine.line.wait();
+    }
+    assert_eq!(machine.read(7), 0x50);
+
+    assert_eq!(machine.dma(0xc8, 8, 3, 2, 1024), (0x50, 4));
+    let mut back = vec![0; 1024];
+    machine.memory.read(Gpa(DATA.into()), &mut back).unwrap();
+    assert!(back == data);
+
+    machine.command(0x20, 4, 1);
+    machine.line.wait();
+    let mut back = vec![0; 512];
+    machine.command.read_string(0, 4, &mut back);
+    assert!(back == data[512..]);
+}
+
+#[test]
+fn a_table_that_is_too_short_is_an_error() {
+    let machine = Machine::new(Arc::new(RamDisk::new(1 << 20).unwrap()));
+    assert_eq!(machine.dma(0xc8, 8, 0, 2, 512), (0x51, 6));
+    assert_eq!(machine.dma(0xc8, 8, 0, 2, 1024), (0x50, 4));
+    assert_eq!(machine.dma(0xc8, 8, 0, 2, 2048), (0x50, 5), "more memory than data");
+}
+
+#[test]
+fn trim_discards_what_is_on_the_disk_and_nothing_else() {
+    let disk = FaultyDisk::new(Arc::new(RamDisk::new(1 << 20).unwrap()));
+    let machine = Machine::new(Arc::new(disk.clone()));
+    let range = |first: u64, count: u64| first | count << 48;
+    let trim = |ranges: [u64; 2]| {
+        machine.memory.write(Gpa(DATA.into()), &[0; 512]).unwrap();
+        for (at, range) in (u64::from(DATA)..).step_by(8).zip(ranges) {
+            machine.memory.write_obj(Gpa(at), &range).unwrap();
+        }
+        machine.command.write(1, &[1]);
+        // 48 bits: the upper half of the count is what was written before.
+        machine.command.write(2, &[0]);
+        machine.dma(0x06, 0, 0, 1, 512)
+    };
+    assert_eq!(trim([range(8, 16), range(64, 8)]), (0x50, 4));
+    assert_eq!(trim([range(8, 16), range(2047, 2)]).0, 0x51);
+    assert_eq!(machine.read(1), 0x14);
+    let discards: Vec<_> = disk
+        .seen()
+        .into_iter()
+        .filter(|seen| seen.operation == Operation::Discard)
+        .map(|seen| (seen.offset / 512, seen.len / 512))
+        .collect();
+    assert_eq!(discards, [(8, 16), (64, 8)]);
+}
+
+#[test]
+fn a_processor_does_not_wait_for_the_disk() {
+    let gate = Gate::new().unwrap();
+    let disk = FaultyDisk::new(Arc::new(RamDisk::new(1 << 20).unwrap()))
+        .rule(Rule::fail(0..512, BlockErrorKind::Io))
+        .rule(Rule::hold(512..1024, &gate));
+    let machine = Machine::new(Arc::new(disk));
+    machine.command(0x20, 1, 1);
+    assert_eq!(machine.read(7), 0x80);
+    // A reset takes effect when the disk lets go.
+    machine.control.write(0, &[4]);
+    machine.control.write(0, &[0]);
+    assert_eq!(machine.read(7), 0x80);
+    gate.open(1).unwrap();
+    while machine.read(7) & 0x80 != 0 {
+        std::thread::yield_now();
+    }
+    machine.command(0x20, 0, 1);
+    machine.line.wait();
+    assert_eq!((machine.read(7), machine.read(1)), (0x51, 0x40));
+}
+
+#[test]
+fn places_are_found_and_taken_once() {
+    let disk = || Arc::new(RamDisk::new(1 << 20).unwrap());
+    let mut disks = IdeDisks::default();
+    disks.attach(Some(1), Some(0), disk()).unwrap();
+    let taken = DriveError::Taken { channel: 1, device: 0 };
+    assert_eq!(disks.attach(Some(1), Some(0), disk()).unwrap_err(), taken);
+    for _ in 0..3 {
+        disks.attach(None, None, disk()).unwrap();
+    }
+    assert_eq!(disks.attach(None, None, disk()).unwrap_err(), DriveError::Full);
+    let large = RamDisk::new(1 << 20).unwrap().with(|geometry| geometry.logical_block = 4096);
+    let refused = IdeDisks::default().attach(None, None, Arc::new(large)).unwrap_err();
+    assert_eq!(refused, DriveError::Block(4096));
+}
