@@ -18,6 +18,7 @@ use anyhow::{Context, bail};
 use backends::block::Disk;
 use backends::file::{FileDisk, OpenOptions};
 use clap::Args;
+use emulators::IdeDisks;
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{ExitCounters, ExitKind, StopReason};
 use vmbus_server::Host;
@@ -92,6 +93,7 @@ fn boot(
     started: Instant,
 ) -> anyhow::Result<Report> {
     let config = MachineConfig {
+        ide: IdeDisks::default(),
         guest: Guest::Builtin { work: WORK.to_owned() },
         memory: MEMORY,
         vps: 1,

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
-use emulators::{Cmos, I8042, Nothing, PmBlock, ResetRegister, Uart};
+use emulators::pci::{ConfigPorts, IoWindow, chipset};
+use emulators::{
+    Cmos, I8042, Ide, IdeCounters, IdeDisks, IdePlace, Nothing, PmBlock, ResetRegister, SmBus, Uart,
+};
 use hypervisor::hosted::HostedPartition;
 use hypervisor::kvm::{self, HyperV, KernelCounters, KvmPartition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
@@ -19,11 +22,11 @@ use crate::builtin::ExitPort;
 use crate::hosted;
 use crate::options::{PartitionOption, SynicOption};
 
-/// The address port of PCI's configuration space. Nothing is there yet, but kernels look.
+/// The address port of PCI's configuration space. Kernels look there also when there is none.
 const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
 
 /// What a machine is to have.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct MachineConfig {
     /// What it runs.
     pub guest: Guest,
@@ -35,6 +38,8 @@ pub struct MachineConfig {
     pub partition: PartitionOption,
     /// Who serves its Hyper-V interface, if it runs in KVM's.
     pub synic: SynicOption,
+    /// Its IDE disks. If there are any, it has a PCI bus with a controller for them.
+    pub ide: IdeDisks,
 }
 
 /// What a machine runs in.
@@ -106,10 +111,12 @@ impl Guest {
         memory: &GuestMemory,
         vps: u32,
         synic: SynicOption,
+        pci: bool,
     ) -> anyhow::Result<BootState> {
         Ok(match self {
             Self::Linux { kernel, initrd, command_line } => {
-                LinuxBoot { kernel, initrd: initrd.as_deref(), command_line, vps }.load(memory)?
+                let initrd = initrd.as_deref();
+                LinuxBoot { kernel, initrd, command_line, vps, pci }.load(memory)?
             }
             Self::Builtin { work } => {
                 let doorbell = hyper_v(synic)? == HyperV::User;
@@ -171,7 +178,8 @@ impl Loaded {
 
     fn in_kvm(config: &MachineConfig) -> anyhow::Result<Self> {
         let memory = memory(config)?;
-        let boot_state = config.guest.load(&memory, config.vps, config.synic)?;
+        let pci = !config.ide.is_empty();
+        let boot_state = config.guest.load(&memory, config.vps, config.synic, pci)?;
         let hyper_v = hyper_v(config.synic)?;
         let partition = KvmPartition::new(&PartitionConfig {
             vps: config.vps,
@@ -222,6 +230,7 @@ pub struct Machine {
     mmio: Arc<Bus>,
     uart: Arc<Uart>,
     pm: Arc<PmBlock>,
+    ide: Option<Ide>,
     exit: Option<Arc<ExitPort>>,
 }
 
@@ -245,7 +254,15 @@ impl Machine {
         let pm = Arc::new(PmBlock::new(sci, stop.clone()));
         ports.add("PM", PmBlock::PORT.into(), PmBlock::PORTS.into(), Arc::clone(&pm) as _)?;
         let reset = Arc::new(ResetRegister::new(stop.clone()));
-        ports.add("reset register", ResetRegister::PORT.into(), 1, reset)?;
+        let ide = if config.ide.is_empty() {
+            ports.add("reset register", ResetRegister::PORT.into(), 1, reset)?;
+            // Asked for thousands of times, to find nothing.
+            partition.defer_port_writes(PCI_CONFIG_ADDRESS, 4)?;
+            None
+        } else {
+            // Not deferred here: that would take in the reset register too, which has to act at once.
+            Some(add_pci(&mut ports, &*partition, reset, &config.ide)?)
+        };
 
         let exit = matches!(config.guest, Guest::Builtin { .. })
             .then(|| Arc::new(ExitPort::new(stop.clone())));
@@ -259,12 +276,12 @@ impl Machine {
         ports.add("CMOS", Cmos::PORT, Cmos::PORTS, Arc::new(Cmos::default()))?;
         ports.add("POST code", 0x80, 1, Arc::new(Nothing))?;
         // What these say matters with the next read, or never.
-        for (port, count) in [(PCI_CONFIG_ADDRESS, 4), (Cmos::PORT as u16, 1), (0x80, 1)] {
+        for (port, count) in [(Cmos::PORT as u16, 1), (0x80, 1)] {
             partition.defer_port_writes(port, count)?;
         }
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(Bus::mmio()));
-        Ok(Self { partition, kind, kernel_counters, ports, mmio, uart, pm, exit })
+        Ok(Self { partition, kind, kernel_counters, ports, mmio, uart, pm, ide, exit })
     }
 
     /// Its RAM.
@@ -302,6 +319,11 @@ impl Machine {
         self.exit.as_ref()?.status()
     }
 
+    /// What its IDE controller counted, if it has one.
+    pub fn ide_counters(&self) -> Option<IdeCounters> {
+        self.ide.as_ref().map(Ide::counters)
+    }
+
     /// What each processor counted, also while it runs.
     pub fn exit_counters(&self) -> Vec<Arc<ExitCounters>> {
         self.partition.exit_counters()
@@ -321,4 +343,39 @@ impl Machine {
     pub fn run(&mut self, sink: &Arc<dyn MessageSink>) -> StopReason {
         self.partition.run(&self.ports, &self.mmio, sink)
     }
+}
+
+/// Puts a PCI bus into the machine, with the chips that an IDE controller is part of. `reset` is the
+/// reset register, which lies between the bus's ports.
+fn add_pci(
+    ports: &mut Bus,
+    partition: &dyn Partition,
+    reset: Arc<ResetRegister>,
+    disks: &IdeDisks,
+) -> anyhow::Result<Ide> {
+    let mut pci = ConfigPorts::new(reset);
+    let decode = chipset::populate(&mut pci);
+    ports.add(
+        "PCI configuration",
+        ConfigPorts::PORT.into(),
+        ConfigPorts::PORTS.into(),
+        Arc::new(pci),
+    )?;
+
+    ports.add("SMBus", SmBus::PORT.into(), SmBus::PORTS.into(), Arc::new(SmBus::default()))?;
+
+    let [first, second] = IdePlace::ALL.map(|place| partition.interrupt_line(place.irq.into()));
+    let ide = Ide::new(partition.memory(), disks, [first?, second?])
+        .context("cannot start the IDE controller")?;
+    for (channel, place) in IdePlace::ALL.into_iter().enumerate() {
+        let command = ide.command_block(channel);
+        ports.add("IDE command block", place.command.into(), IdePlace::PORTS.into(), command)?;
+        ports.add("IDE control block", place.control.into(), 1, ide.control_block(channel))?;
+        let (first, count) = place.quiet_ports();
+        partition.defer_port_writes(first, count.into())?;
+    }
+    let mut window = IoWindow::default();
+    window.add(Arc::clone(&decode), chipset::BUS_MASTER_PORTS, ide.bus_master(decode));
+    ports.add("PCI I/O", IoWindow::PORT.into(), IoWindow::PORTS.into(), Arc::new(window))?;
+    Ok(ide)
 }

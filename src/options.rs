@@ -32,6 +32,14 @@ pub enum OptionError {
     /// A key that has to be there.
     #[error("'{0}' is missing; write {0}=VALUE")]
     Missing(&'static str),
+    /// A key that says nothing about a disk attached in this way.
+    #[error("'{key}' goes with attach={attach} only")]
+    Attach {
+        /// The key.
+        key: &'static str,
+        /// With what it would do.
+        attach: &'static str,
+    },
     /// A value outside the allowed ones.
     #[error("{key}={value} is not possible; {key} is {allowed}")]
     Value {
@@ -99,6 +107,8 @@ pub enum Attach {
     /// As a LUN of a synthetic SCSI controller.
     #[default]
     Scsi,
+    /// As an ATA disk of an emulated IDE controller.
+    Ide,
 }
 
 /// One `--disk`.
@@ -112,6 +122,10 @@ pub struct DiskOption {
     pub controller: u8,
     /// Which LUN; the lowest free one if it is not said.
     pub lun: Option<u8>,
+    /// Which IDE channel, 0 or 1; the first with room if it is not said.
+    pub channel: Option<u8>,
+    /// Which device of it, 0 or 1; the first free one if it is not said.
+    pub device: Option<u8>,
     /// Refuse writes.
     pub read_only: bool,
     /// Bypass the host's page cache; where that is possible if it is not said.
@@ -121,7 +135,7 @@ pub struct DiskOption {
 }
 
 /// The keys of `--disk`, for messages and help.
-const DISK_KEYS: &str = "path, attach, controller, lun, readonly, direct, id";
+const DISK_KEYS: &str = "path, attach, controller, lun, channel, device, readonly, direct, id";
 
 /// Controllers that `controller=` can name.
 pub const CONTROLLERS: u8 = 4;
@@ -139,22 +153,38 @@ impl FromStr for DiskOption {
             attach: Attach::Scsi,
             controller: 0,
             lun: None,
+            channel: None,
+            device: None,
             read_only: false,
             direct: None,
             id: None,
         };
+        let mut scsi_only = None;
         for (key, value) in pairs(s)? {
             match key.as_str() {
                 "path" if !value.is_empty() => path = Some(PathBuf::from(value)),
                 "path" => return Err(OptionError::Missing("path")),
                 "attach" => match value.as_str() {
                     "scsi" => disk.attach = Attach::Scsi,
-                    _ => return Err(OptionError::Value { key: "attach", value, allowed: "scsi" }),
+                    "ide" => disk.attach = Attach::Ide,
+                    _ => {
+                        return Err(OptionError::Value {
+                            key: "attach",
+                            value,
+                            allowed: "scsi or ide",
+                        });
+                    }
                 },
+                "channel" => disk.channel = Some(below(2, "channel", value, "0 or 1")?),
+                "device" => disk.device = Some(below(2, "device", value, "0 or 1")?),
                 "controller" => {
+                    scsi_only = scsi_only.or(Some("controller"));
                     disk.controller = below(CONTROLLERS, "controller", value, "0 to 3")?;
                 }
-                "lun" => disk.lun = Some(below(LUNS, "lun", value, "0 to 63")?),
+                "lun" => {
+                    scsi_only = scsi_only.or(Some("lun"));
+                    disk.lun = Some(below(LUNS, "lun", value, "0 to 63")?);
+                }
                 "readonly" => disk.read_only = switch("readonly", value)?,
                 "direct" => disk.direct = Some(switch("direct", value)?),
                 "id" if id_is_plain(&value) => disk.id = Some(value),
@@ -169,6 +199,14 @@ impl FromStr for DiskOption {
             }
         }
         disk.path = path.ok_or(OptionError::Missing("path"))?;
+        let ide_only = disk.channel.map(|_| "channel").or(disk.device.map(|_| "device"));
+        let (stray, attach) = match disk.attach {
+            Attach::Scsi => (ide_only, "ide"),
+            Attach::Ide => (scsi_only, "scsi"),
+        };
+        if let Some(key) = stray {
+            return Err(OptionError::Attach { key, attach });
+        }
         Ok(disk)
     }
 }
@@ -311,6 +349,8 @@ mod tests {
                 attach: Attach::Scsi,
                 controller: 1,
                 lun: Some(7),
+                channel: None,
+                device: None,
                 read_only: true,
                 direct: Some(false),
                 id: Some("root".into()),
@@ -334,7 +374,14 @@ mod tests {
         assert_eq!(message("path=a,lun=64"), "lun=64 is not possible; lun is 0 to 63");
         assert_eq!(
             message("path=a,colour=red"),
-            "unknown key 'colour'; known are path, attach, controller, lun, readonly, direct, id"
+            "unknown key 'colour'; known are path, attach, controller, lun, channel, device, \
+             readonly, direct, id"
+        );
+        assert_eq!(message("path=a,attach=ide,lun=0"), "'lun' goes with attach=scsi only");
+        assert_eq!(message("path=a,device=1"), "'device' goes with attach=ide only");
+        assert_eq!(
+            message("path=a,attach=ide,channel=2"),
+            "channel=2 is not possible; channel is 0 or 1"
         );
         assert_eq!(message(""), "'' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…");
     }

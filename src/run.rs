@@ -14,6 +14,7 @@ use anyhow::{Context, bail};
 use backends::block::Disk;
 use backends::file::{Direct, FileDisk, OpenOptions};
 use clap::Args;
+use emulators::IdeDisks;
 use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
 use vsp::storvsp::ControllerBuilder;
@@ -32,8 +33,9 @@ Examples:
       --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
   partita run --builtin 'identify; bench rw=read bs=4k depth=32 time=2s' --disk path=a.img
 
-Disks take path=PATH and, separated by commas: attach=scsi, controller=0..3, lun=0..63,
-readonly=on|off, direct=on|off, id=NAME. A comma in a value is written twice.
+Disks take path=PATH and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
+attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. A
+comma in a value is written twice.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N]
@@ -84,8 +86,14 @@ const LEAST_MEMORY: u64 = 32 << 20;
 /// A disk and where the guest sees it.
 struct Attached {
     disk: Arc<dyn Disk>,
-    controller: u8,
-    lun: Option<u8>,
+    place: Place,
+}
+
+/// A place for a disk, as far as the user has said it.
+#[derive(Clone, Copy)]
+enum Place {
+    Scsi { controller: u8, lun: Option<u8> },
+    Ide { channel: Option<u8>, device: Option<u8> },
 }
 
 impl Run {
@@ -100,6 +108,7 @@ impl Run {
         }
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
+        let ide = ide_disks(&disks)?;
         controllers(&disks, self.cpus)?;
         let builtin = self.builtin.is_some();
         let guest = match (self.builtin, self.kernel) {
@@ -110,7 +119,7 @@ impl Run {
             (None, None) => bail!("--kernel or --builtin is missing"),
         };
         let (vps, partition, synic) = (self.cpus, self.partition, self.synic);
-        let config = MachineConfig { guest, memory, vps, partition, synic };
+        let config = MachineConfig { guest, memory, vps, partition, synic, ide };
         let mut console = None;
         let mut serial_file = None;
         loop {
@@ -170,25 +179,50 @@ fn open(option: &DiskOption) -> anyhow::Result<Attached> {
         id: option.id.clone(),
     };
     let disk = FileDisk::open(&option.path, &options)?;
-    let Attach::Scsi = option.attach;
-    Ok(Attached { disk: Arc::new(disk), controller: option.controller, lun: option.lun })
+    let place = match option.attach {
+        Attach::Scsi => Place::Scsi { controller: option.controller, lun: option.lun },
+        Attach::Ide => Place::Ide { channel: option.channel, device: option.device },
+    };
+    Ok(Attached { disk: Arc::new(disk), place })
 }
 
 /// The SCSI controllers with their disks. Disks that name a LUN get it, the others what is left.
 fn controllers(disks: &[Attached], vps: u32) -> anyhow::Result<Vec<Box<dyn Device>>> {
     let mut builders = BTreeMap::new();
-    let (named, unnamed): (Vec<_>, Vec<_>) = disks.iter().partition(|disk| disk.lun.is_some());
-    for Attached { disk, controller, lun } in named.into_iter().chain(unnamed) {
+    let scsi = disks.iter().filter_map(|Attached { disk, place }| match *place {
+        Place::Scsi { controller, lun } => Some((disk, controller, lun)),
+        Place::Ide { .. } => None,
+    });
+    let (named, unnamed): (Vec<_>, Vec<_>) = scsi.partition(|(_, _, lun)| lun.is_some());
+    for (disk, controller, lun) in named.into_iter().chain(unnamed) {
         builders
-            .entry(*controller)
-            .or_insert_with(|| ControllerBuilder::new(*controller))
-            .attach(*lun, Arc::clone(disk))
+            .entry(controller)
+            .or_insert_with(|| ControllerBuilder::new(controller))
+            .attach(lun, Arc::clone(disk))
             .with_context(|| format!("--disk on controller {controller}"))?;
     }
     Ok(builders
         .into_values()
         .map(|builder| Box::new(builder.build(vps)) as Box<dyn Device>)
         .collect())
+}
+
+/// The IDE disks. Those that name a place get it, the others what is left.
+fn ide_disks(disks: &[Attached]) -> anyhow::Result<IdeDisks> {
+    let mut ide = IdeDisks::default();
+    let wanted = disks.iter().filter_map(|Attached { disk, place }| match *place {
+        Place::Ide { channel, device } => Some((disk, channel, device)),
+        Place::Scsi { .. } => None,
+    });
+    let named = |channel: &Option<u8>, device: &Option<u8>| {
+        2 - u8::from(channel.is_some()) - u8::from(device.is_some())
+    };
+    let mut wanted: Vec<_> = wanted.collect();
+    wanted.sort_by_key(|(_, channel, device)| named(channel, device));
+    for (disk, channel, device) in wanted {
+        ide.attach(channel, device, Arc::clone(disk)).context("--disk")?;
+    }
+    Ok(ide)
 }
 
 /// Where the serial port's output goes. A file is made once and written on over restarts.

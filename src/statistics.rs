@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use emulators::IdeCounters;
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{Bus, ExitCounters};
 use vmbus_server::Host;
@@ -17,6 +18,7 @@ pub struct Statistics {
     kernel: Vec<Arc<KernelCounters>>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
+    ide: Option<IdeCounters>,
     started: Instant,
 }
 
@@ -30,6 +32,7 @@ impl Statistics {
             kernel: machine.kernel_counters(),
             ports,
             mmio,
+            ide: machine.ide_counters(),
             started: Instant::now(),
         }
     }
@@ -45,6 +48,13 @@ impl Statistics {
         }
         let (ports, mmio) = (self.ports.unclaimed(), self.mmio.unclaimed());
         report += &format!("stats: accesses to nothing: {ports} ports, {mmio} addresses\n");
+        for (channel, (requests, interrupts)) in
+            self.ide.iter().flat_map(|ide| ide.get().into_iter().enumerate())
+        {
+            report += &format!(
+                "stats: IDE channel {channel}: requests {requests}, interrupts {interrupts}\n"
+            );
+        }
         for (instance, index, counters) in self.host.counters() {
             let values = [
                 ("packets_in", &counters.packets_in),

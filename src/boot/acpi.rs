@@ -14,6 +14,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use emulators::pci::ConfigPorts;
 use emulators::{Cmos, PmBlock, ResetRegister, SLEEP_TYPE_S5, Uart};
 use hypervisor::{Gpa, GuestMemory, MemoryError, layout};
 
@@ -26,16 +27,17 @@ const OEM_ID: [u8; 6] = *b"PARTIT";
 const OEM_TABLE_ID: [u8; 8] = *b"PARTITA ";
 const OEM_REVISION: u32 = 1;
 
-/// Writes the tables for `vps` processors. Returns where the root pointer is.
-pub(super) fn write(memory: &GuestMemory, vps: u32) -> Result<Gpa, MemoryError> {
-    let tables = build(vps);
+/// Writes the tables for `vps` processors, and a PCI bus if there is one. Returns where the root
+/// pointer is.
+pub(super) fn write(memory: &GuestMemory, vps: u32, pci: bool) -> Result<Gpa, MemoryError> {
+    let tables = build(vps, pci);
     debug_assert!(tables.len() <= TABLES_SIZE);
     memory.write(TABLES, &tables)?;
     Ok(TABLES)
 }
 
 /// All tables as they lie at [`TABLES`], the root pointer first.
-fn build(vps: u32) -> Vec<u8> {
+fn build(vps: u32, pci: bool) -> Vec<u8> {
     // Tables name each other by address, so each is placed before those that name it.
     let mut image = vec![0; Rsdp::len()];
     let mut place = |table: &[u8]| {
@@ -45,7 +47,7 @@ fn build(vps: u32) -> Vec<u8> {
         address
     };
     let facs = place(&bytes(&FACS::new()));
-    let dsdt = place(dsdt().as_slice());
+    let dsdt = place(dsdt(pci).as_slice());
     let fadt = place(&fadt(facs, dsdt));
     let madt = place(madt(vps).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -131,8 +133,8 @@ fn madt(vps: u32) -> Sdt {
     madt
 }
 
-/// The devices: the VMBus, and COM1.
-fn dsdt() -> Sdt {
+/// The devices: the VMBus, COM1, and the PCI bus if there is one.
+fn dsdt(pci: bool) -> Sdt {
     let mut dsdt = table(*b"DSDT", 2);
     let mut add = |term: &dyn Aml| dsdt.append_slice(&bytes(term));
 
@@ -164,7 +166,41 @@ fn dsdt() -> Sdt {
     let com1 = Device::new("COM1".into(), vec![&com1_hid, &com1_uid, &com1_resources]);
 
     add(&Scope::new("_SB_".into(), vec![&vmbus, &com1]));
+    if pci {
+        add_pci(&mut add);
+    }
     dsdt
+}
+
+/// The PCI bus: its configuration ports are its own, all other ports and a window of memory go
+/// through to its devices.
+fn add_pci(add: &mut impl FnMut(&dyn Aml)) {
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0A03"));
+    let uid = Name::new("_UID".into(), &0_u8);
+    let bus = Name::new("_BBN".into(), &0_u8);
+
+    let buses = AddressSpace::new_bus_number(0_u16, 0);
+    let first = ConfigPorts::PORT;
+    let configuration = IO::new(first, first, 1, ConfigPorts::PORTS as u8);
+    let low_ports = AddressSpace::new_io(0_u16, first - 1, None);
+    let high_ports = AddressSpace::new_io(first + ConfigPorts::PORTS, 0xffff, None);
+    let (start, size) = (layout::PCI_MMIO_START.0 as u32, layout::PCI_MMIO_SIZE as u32);
+    let memory = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        start,
+        start + (size - 1),
+        None,
+    );
+    let resources =
+        ResourceTemplate::new(vec![&buses, &configuration, &low_ports, &high_ports, &memory]);
+    let resources = Name::new("_CRS".into(), &resources);
+
+    // No function has an interrupt pin.
+    let routes = Package::new(vec![]);
+    let routes = Name::new("_PRT".into(), &routes);
+    let root = Device::new("PCI0".into(), vec![&hid, &uid, &bus, &resources, &routes]);
+    add(&Scope::new("_SB_".into(), vec![&root]));
 }
 
 #[cfg(test)]
@@ -200,7 +236,7 @@ mod tests {
 
     #[test]
     fn every_table_is_found_and_adds_up() {
-        let image = build(3);
+        let image = build(3, true);
         assert!(image.len() <= TABLES_SIZE);
         let tables = tables(&image);
         let signatures: Vec<_> = tables.iter().map(|table| &table[..4]).collect();
@@ -217,7 +253,7 @@ mod tests {
     #[test]
     fn the_madt_lists_every_processor() {
         for vps in [1, 2, 254] {
-            let image = build(vps);
+            let image = build(vps, false);
             let madt = tables(&image)[1];
             let mut entries = &madt[44..];
             let mut processors = Vec::new();
@@ -237,8 +273,9 @@ mod tests {
 
     #[test]
     fn the_dsdt_names_the_vmbus_and_no_hibernation() {
-        let dsdt = dsdt();
+        let dsdt = dsdt(false);
         let has = |name: &[u8]| dsdt.as_slice().windows(name.len()).any(|window| window == name);
+        assert!(!has(b"PCI0"));
         assert!(has(b"VMBus\0"));
         assert!(has(b"_S5_"));
         assert!(!has(b"_S4_"));

@@ -48,6 +48,8 @@ pub struct LinuxBoot<'a> {
     pub command_line: &'a str,
     /// How many processors the ACPI tables list.
     pub vps: u32,
+    /// Whether they tell of a PCI bus.
+    pub pci: bool,
 }
 
 /// Why a guest cannot be booted.
@@ -111,7 +113,7 @@ impl LinuxBoot<'_> {
             header.ramdisk_image = start as u32;
             header.ramdisk_size = len as u32;
         }
-        let rsdp = acpi::write(memory, self.vps)?;
+        let rsdp = acpi::write(memory, self.vps, self.pci)?;
 
         let mut parameters = boot_params { hdr: header, ..Default::default() };
         parameters.acpi_rsdp_addr = rsdp.0;
@@ -322,7 +324,13 @@ mod tests {
 
     fn boot<'a>(kernel: &'a NamedTempFile, initrd: Option<&'a NamedTempFile>) -> LinuxBoot<'a> {
         let initrd = initrd.map(NamedTempFile::path);
-        LinuxBoot { kernel: kernel.path(), initrd, command_line: "console=ttyS0", vps: 2 }
+        LinuxBoot {
+            kernel: kernel.path(),
+            initrd,
+            command_line: "console=ttyS0",
+            vps: 2,
+            pci: false,
+        }
     }
 
     fn parameters(memory: &GuestMemory) -> boot_params {

@@ -1,0 +1,24 @@
+set -e
+wait-for /dev/sda
+dmesg | grep -i 'ata_piix\|ata[0-9.]*:' | sed 's/^/log: /'
+for link in 1 2; do
+    echo "dma_mode: link$link $(cat /sys/class/ata_device/dev$link.0/dma_mode)"
+done
+hdparm -I /dev/sda
+smartctl -i -H /dev/sda
+mkfs.ext4 -q -F /dev/sda
+mkdir -p /mnt
+mount -t ext4 /dev/sda /mnt
+for i in $(seq 8); do
+    head -c $((i * 77777)) /dev/urandom >/mnt/$i
+done
+sync
+echo 3 >/proc/sys/vm/drop_caches
+(cd /mnt && sha256sum [0-9]* | sed 's/^/sum: /')
+umount /mnt
+for bs in 4k 128k; do
+    fio --name=v --filename=/dev/sdb --ioengine=libaio --direct=1 --iodepth=4 --rw=randrw --bs=$bs \
+        --size=4M --verify=crc32c --verify_fatal=1 --do_verify=1 --output-format=terse \
+        >/tmp/fio.out || { cat /tmp/fio.out; exit 1; }
+    echo "verified: $bs"
+done

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Debian's own ata_piix drives our IDE disks by Ultra DMA: what it writes is on the image, hdparm and
+# smartctl read a sane disk, and random reads and writes verify. No disk hangs on the VMBus.
+. "$(dirname "$0")/lib.sh"
+
+truncate -s 64M disk.img other.img
+guest full "$here/20-ide.guest.sh" --cpus 2 --stats --disk path=disk.img,attach=ide,id=S-123 \
+    --disk path=other.img,attach=ide,channel=1,device=0
+healthy
+refute 'exception Emask'
+refute 'failed command'
+expect 'dma_mode: .*link1.*XFER_UDMA_2'
+expect 'dma_mode: .*link2.*XFER_UDMA_2'
+expect 'Serial Number: *S-123'
+expect 'SMART overall-health self-assessment test result: PASSED'
+expect 'verified: 4k'
+expect 'verified: 128k'
+e2fsck -fn disk.img || fail 'e2fsck'
+sed -n 's/^sum: //p' console.log >sums
+[ "$(wc -l <sums)" = 8 ] || fail "$(wc -l <sums) checksums instead of 8"
+while read -r sum file; do
+    debugfs -R "cat $file" disk.img 2>/dev/null | sha256sum | grep -q "^$sum" || fail "$file differs"
+done <sums
