@@ -64,6 +64,9 @@ pub struct Run {
     /// A disk: path=PATH[,KEY=VALUE]…; may be given several times
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskOption>,
+    /// A CD-ROM drive with this ISO image in it, on the IDE controller; may be given several times
+    #[arg(long, value_name = "ISO")]
+    cdrom: Vec<PathBuf>,
     /// Where the serial port leads: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOption,
@@ -108,7 +111,12 @@ impl Run {
         }
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
-        let ide = ide_disks(&disks)?;
+        let mut ide = ide_disks(&disks)?;
+        for image in &self.cdrom {
+            let options = OpenOptions { read_only: true, lock: true, ..OpenOptions::default() };
+            let disc = FileDisk::open(image, &options)?;
+            ide.attach_cd(Arc::new(disc)).context("--cdrom")?;
+        }
         controllers(&disks, self.cpus)?;
         let builtin = self.builtin.is_some();
         let guest = match (self.builtin, self.kernel) {

@@ -50,3 +50,18 @@ fn storvsc_completions() {
 fn hosted_intercepts() {
     replay("hosted_intercepts", hypervisor::hosted::fuzzing::fuzz_intercepts);
 }
+
+#[test]
+fn ide_registers() {
+    replay("ide_registers", emulators::fuzzing::fuzz_ide);
+}
+
+#[test]
+fn pci_config() {
+    replay("pci_config", emulators::fuzzing::fuzz_pci);
+}
+
+#[test]
+fn atapi_packets() {
+    replay("atapi_packets", emulators::fuzzing::fuzz_atapi);
+}

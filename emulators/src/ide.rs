@@ -1,7 +1,8 @@
-//! The IDE function of a PIIX4: two channels with up to two ATA disks each.
+//! The IDE function of a PIIX4: two channels with up to two drives each, ATA disks or CD-ROM drives.
 //!
 //! - [`channel`]: the registers, as a state machine without I/O.
 //! - [`drive`]: a disk's own registers, and what it says about itself.
+//! - [`cd`]: a CD-ROM drive's commands.
 //! - [`table`]: the bus master's table of memory regions.
 //! - [`worker`]: the thread that does a channel's I/O.
 //! - [`bits`]: the numbers.
@@ -11,8 +12,10 @@
 //! to bring the result, and then interrupts.
 
 mod bits;
+mod cd;
 mod channel;
 mod drive;
+mod fuzz;
 mod table;
 mod worker;
 
@@ -27,8 +30,10 @@ use hypervisor::{Device, GuestMemory, InterruptLine};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::pci::Decode;
+pub(crate) use cd::fuzz as fuzz_packets;
 use channel::Channel;
 pub use drive::DriveError;
+pub(crate) use fuzz::fuzz;
 use worker::Worker;
 
 /// Where a channel's registers are, and its interrupt: what they have been since the PC/AT.
@@ -59,9 +64,15 @@ impl Place {
     }
 }
 
-/// The disks of both channels and where they are.
+/// The drives of both channels and where they are.
 #[derive(Clone, Default)]
-pub struct IdeDisks([[Option<Arc<dyn Disk>>; 2]; 2]);
+pub struct IdeDisks([[Option<Attached>; 2]; 2]);
+
+#[derive(Clone)]
+struct Attached {
+    disk: Arc<dyn Disk>,
+    cd: bool,
+}
 
 impl IdeDisks {
     /// Attaches a disk at the place that is asked for, as far as it is; the first free one otherwise.
@@ -72,11 +83,28 @@ impl IdeDisks {
         disk: Arc<dyn Disk>,
     ) -> Result<(), DriveError> {
         drive::Drive::new(&disk.geometry())?;
+        self.place(channel, device, Attached { disk, cd: false })
+    }
+
+    /// Attaches a CD-ROM drive with `disc` in it where a drive is expected, which is the second
+    /// channel, or else at the first free place.
+    pub fn attach_cd(&mut self, disc: Arc<dyn Disk>) -> Result<(), DriveError> {
+        drive::Drive::new_cd(&disc.geometry())?;
+        let attached = Attached { disk: disc, cd: true };
+        self.place(Some(1), None, attached.clone()).or_else(|_| self.place(None, None, attached))
+    }
+
+    fn place(
+        &mut self,
+        channel: Option<u8>,
+        device: Option<u8>,
+        attached: Attached,
+    ) -> Result<(), DriveError> {
         let wanted = |asked: Option<u8>, have: u8| asked.is_none_or(|asked| asked == have);
         for (at, devices) in (0..).zip(&mut self.0) {
             for (place, slot) in (0..).zip(devices) {
                 if wanted(channel, at) && wanted(device, place) && slot.is_none() {
-                    *slot = Some(disk);
+                    *slot = Some(attached);
                     return Ok(());
                 }
             }
@@ -150,8 +178,8 @@ impl Ide {
         for (disks, line) in disks.0.iter().zip(lines) {
             let mut channel = Channel::new();
             for (place, disk) in disks.iter().enumerate() {
-                if let Some(disk) = disk {
-                    channel.attach(place, &disk.geometry()).map_err(io::Error::other)?;
+                if let Some(Attached { disk, cd }) = disk {
+                    channel.attach(place, &disk.geometry(), *cd).map_err(io::Error::other)?;
                 }
             }
             ports.push(Arc::new(Port {
@@ -178,7 +206,7 @@ impl Ide {
         &mut self,
         index: usize,
         memory: &GuestMemory,
-        disks: &[Option<Arc<dyn Disk>>; 2],
+        disks: &[Option<Attached>; 2],
     ) -> io::Result<()> {
         let Some(port) = self.ports.get(index) else { return Ok(()) };
         let (port, memory, disks) = (Arc::clone(port), memory.clone(), disks.clone());

@@ -4,6 +4,7 @@
 //! since processors call it at the same time.
 
 mod cmos;
+pub mod fuzzing;
 mod i8042;
 mod ide;
 pub mod pci;

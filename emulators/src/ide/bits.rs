@@ -71,6 +71,7 @@ pub(crate) mod master {
 /// Commands.
 pub(crate) mod command {
     pub(crate) const DATA_SET_MANAGEMENT: u8 = 0x06;
+    pub(crate) const DEVICE_RESET: u8 = 0x08;
     pub(crate) const RECALIBRATE: u8 = 0x10;
     pub(crate) const READ_SECTORS: u8 = 0x20;
     pub(crate) const READ_SECTORS_NO_RETRY: u8 = 0x21;
@@ -89,6 +90,8 @@ pub(crate) mod command {
     pub(crate) const SEEK: u8 = 0x70;
     pub(crate) const EXECUTE_DIAGNOSTIC: u8 = 0x90;
     pub(crate) const INITIALIZE_PARAMETERS: u8 = 0x91;
+    pub(crate) const PACKET: u8 = 0xa0;
+    pub(crate) const IDENTIFY_PACKET_DEVICE: u8 = 0xa1;
     pub(crate) const SMART: u8 = 0xb0;
     pub(crate) const READ_MULTIPLE: u8 = 0xc4;
     pub(crate) const WRITE_MULTIPLE: u8 = 0xc5;
@@ -109,6 +112,16 @@ pub(crate) mod command {
     pub(crate) const SET_FEATURES: u8 = 0xef;
 }
 
+/// What the count register says about a PACKET command's data.
+pub(crate) mod reason {
+    /// The command block is wanted.
+    pub(crate) const COMMAND: u8 = 0x01;
+    /// Data goes to the guest.
+    pub(crate) const TO_GUEST: u8 = 0x02;
+    /// The command has ended.
+    pub(crate) const STATUS: u8 = 0x03;
+}
+
 /// Values of the features register: sub-commands of SET FEATURES, SMART and DATA SET MANAGEMENT.
 pub(crate) mod feature {
     pub(crate) const ENABLE_WRITE_CACHE: u8 = 0x02;
@@ -127,4 +140,6 @@ pub(crate) mod feature {
     pub(crate) const SMART_RETURN_STATUS: u8 = 0xda;
 
     pub(crate) const TRIM: u8 = 0x01;
+    /// The data of a PACKET command goes by DMA.
+    pub(crate) const PACKET_DMA: u8 = 0x01;
 }

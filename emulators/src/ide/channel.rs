@@ -16,11 +16,15 @@
 
 use backends::block::{BlockErrorKind, Geometry, SECTOR};
 
-use super::bits::{command, control, device, error, feature, master, status};
+use super::bits::{command, control, device, error, feature, master, reason, status};
+use super::cd::{self, Answer, Cd};
 use super::drive::{Drive, DriveError, Form, MAX_MULTIPLE, MAX_TRIM_BLOCKS};
 
 /// What is buffered of a PIO transfer: as much as the longest 28-bit command moves.
 pub(super) const BUFFER: usize = 256 * SECTOR as usize;
+
+/// Sectors that one DMA transfer can move: what the longest table of physical regions names.
+const MAX_DMA_SECTORS: u32 = 1 << 20;
 
 /// Something the host shall do for a drive.
 #[derive(Debug)]
@@ -46,6 +50,8 @@ pub(super) enum Work {
     WriteDma { offset: u64, len: u32, table: u32, fua: bool },
     /// All that was written goes to stable storage.
     Flush,
+    /// The start of the buffer goes to where the table says.
+    Send { len: u32, table: u32 },
     /// Ranges are read from memory, `len` bytes of them, and discarded.
     Trim { len: u32, table: u32 },
 }
@@ -111,6 +117,11 @@ enum Kind {
     ReadDma,
     WriteDma,
     Trim,
+    /// The command block of a PACKET command, then its data in blocks of at most `limit` bytes.
+    Packet {
+        limit: usize,
+        dma: bool,
+    },
 }
 
 /// A register of the command block, by its offset.
@@ -135,6 +146,8 @@ pub(super) struct Channel {
     /// Whose phase it is.
     active: usize,
     transfer: Transfer,
+    /// Bytes of the buffer that a PACKET command sends by DMA, if it does not read the disc.
+    sent: u32,
     /// Not here while a job is out.
     buffer: Option<Box<[u8]>>,
     job: Option<Work>,
@@ -171,6 +184,7 @@ impl Channel {
                 start: 0,
                 fua: false,
             },
+            sent: 0,
             buffer: Some(vec![0; BUFFER].into_boxed_slice()),
             job: None,
             reset: false,
@@ -180,9 +194,14 @@ impl Channel {
         }
     }
 
-    /// Puts a disk at place 0 or 1.
-    pub(super) fn attach(&mut self, place: usize, geometry: &Geometry) -> Result<(), DriveError> {
-        let drive = Drive::new(geometry)?;
+    /// Puts a disk or a CD-ROM drive at place 0 or 1.
+    pub(super) fn attach(
+        &mut self,
+        place: usize,
+        geometry: &Geometry,
+        cd: bool,
+    ) -> Result<(), DriveError> {
+        let drive = if cd { Drive::new_cd(geometry) } else { Drive::new(geometry) }?;
         if let Some(slot) = self.drives.get_mut(place) {
             *slot = Some(drive);
         }
@@ -210,6 +229,12 @@ impl Channel {
             self.master.status |= master::INTERRUPT; // it notes every one
         }
         edge
+    }
+
+    /// Lets go of the interrupt line.
+    fn acknowledge(&mut self) {
+        self.interrupt = false;
+        self.line = false;
     }
 
     fn selected(&self) -> usize {
@@ -251,7 +276,7 @@ impl Channel {
     /// Reads register 1 to 7 of the command block.
     pub(super) fn read(&mut self, register: u8) -> u8 {
         if Register(register) == Register::COMMAND {
-            self.interrupt = false;
+            self.acknowledge();
             return self.status();
         }
         let high = self.control & control::HOB != 0;
@@ -274,6 +299,15 @@ impl Channel {
     /// Writes register 1 to 7 of the command block.
     pub(super) fn write(&mut self, register: u8, value: u8) {
         if self.is_busy() {
+            // Packet devices hear one command at any time.
+            let resets = Register(register) == Register::COMMAND && value == command::DEVICE_RESET;
+            if resets
+                && self.phase == Phase::Busy
+                && self.selected() == self.active
+                && self.cd().is_some()
+            {
+                self.reset = true;
+            }
             return;
         }
         self.control &= !control::HOB; // any write does that
@@ -312,7 +346,7 @@ impl Channel {
     /// What a software reset comes to in the end.
     fn restart(&mut self) {
         self.reset = false;
-        self.interrupt = false;
+        self.acknowledge();
         self.job = None;
         self.phase = Phase::Idle;
         self.active = 0;
@@ -359,17 +393,34 @@ impl Channel {
         if at < block {
             self.phase = Phase::Data { write, at, block, end };
         } else if at < end {
-            let next = (at + self.block()).min(end);
-            self.phase = Phase::Data { write, at, block: next, end };
+            self.next_block(write, at, end);
             self.interrupt = true;
+        } else if write && matches!(self.transfer.kind, Kind::Packet { .. }) {
+            self.packet();
         } else if write {
             let Transfer { start, fua, .. } = self.transfer;
             let len = end as u32;
             self.order(Work::Write { offset: start * u64::from(SECTOR), len, fua });
         } else if self.transfer.left > 0 {
             self.order_sectors();
+        } else if matches!(self.transfer.kind, Kind::Packet { .. }) {
+            self.succeed();
         } else {
             self.phase = Phase::Idle;
+        }
+    }
+
+    /// Lets the guest move the block that starts at `at`.
+    fn next_block(&mut self, write: bool, at: usize, end: usize) {
+        let block = (at + self.block()).min(end);
+        self.phase = Phase::Data { write, at, block, end };
+        if let Kind::Packet { .. } = self.transfer.kind
+            && let Some(drive) = self.drive_mut()
+        {
+            let [low, high, ..] = (block - at).to_le_bytes();
+            drive.lba[1].set(low);
+            drive.lba[2].set(high);
+            drive.count.set(reason::TO_GUEST);
         }
     }
 
@@ -377,6 +428,7 @@ impl Channel {
     fn block(&self) -> usize {
         match self.transfer.kind {
             Kind::Read { block } | Kind::Write { block } => block,
+            Kind::Packet { limit, .. } => limit,
             _ => SECTOR as usize,
         }
     }
@@ -411,7 +463,7 @@ impl Channel {
 
     /// The guest may read the first `end` bytes of the buffer.
     fn offer(&mut self, end: usize) {
-        self.phase = Phase::Data { write: false, at: 0, block: self.block().min(end), end };
+        self.next_block(false, 0, end);
         self.interrupt = true;
     }
 
@@ -428,7 +480,7 @@ impl Channel {
             failure => return self.fail(failure),
         };
         match self.transfer.kind {
-            Kind::Read { .. } => {
+            Kind::Read { .. } | Kind::Packet { dma: false, .. } => {
                 let sectors = self.transfer.next - self.transfer.start;
                 return self.offer((sectors as usize * SECTOR as usize).min(BUFFER));
             }
@@ -438,7 +490,7 @@ impl Channel {
                 return;
             }
             Kind::Verify if self.transfer.left > 0 => return self.order_sectors(),
-            Kind::ReadDma | Kind::WriteDma | Kind::Trim => {
+            Kind::ReadDma | Kind::WriteDma | Kind::Trim | Kind::Packet { .. } => {
                 if !table_left {
                     self.master.status &= !master::ACTIVE;
                 }
@@ -446,6 +498,10 @@ impl Channel {
             Kind::None | Kind::Write { .. } | Kind::Verify => {}
         }
         self.succeed();
+    }
+
+    fn cd(&mut self) -> Option<&mut Cd> {
+        self.drive_mut()?.cd.as_mut()
     }
 
     fn drive_mut(&mut self) -> Option<&mut Drive> {
@@ -456,9 +512,13 @@ impl Channel {
     fn succeed(&mut self) {
         self.phase = Phase::Idle;
         self.interrupt = true;
+        let packet = matches!(self.transfer.kind, Kind::Packet { .. });
         if let Some(drive) = self.drive_mut() {
             drive.status = status::DRDY | status::DSC;
             drive.error = 0;
+            if packet {
+                drive.count.set(reason::STATUS);
+            }
         }
     }
 
@@ -484,11 +544,15 @@ impl Channel {
         };
         self.abort(bits);
         let Transfer { start, form, kind, .. } = self.transfer;
-        if matches!(kind, Kind::ReadDma | Kind::WriteDma | Kind::Trim) {
+        if !matches!(kind, Kind::Read { .. } | Kind::Write { .. }) {
             self.master.status &= !master::ACTIVE;
             if outcome == Outcome::Table {
                 self.master.status |= master::ERROR;
             }
+        }
+        if let Some(cd) = self.cd() {
+            cd.host_failed(outcome != Outcome::Table);
+            return self.check_condition();
         }
         let device_register = self.device;
         let Some(drive) = self.drive_mut() else { return };
@@ -511,7 +575,7 @@ impl Channel {
         }
         self.active = self.selected();
         let register = self.device;
-        self.interrupt = false;
+        self.acknowledge();
         let Some(drive) = self.drive_mut() else {
             self.phase = Phase::Idle;
             return; // nobody heard it
@@ -528,6 +592,9 @@ impl Channel {
             start: 0,
             fua: false,
         };
+        if self.cd().is_some() {
+            return self.packet_device(code);
+        }
         if self.sectors(code, register) {
             return;
         }
@@ -625,6 +692,81 @@ impl Channel {
         self.run_master();
     }
 
+    /// A command for a packet device.
+    fn packet_device(&mut self, code: u8) {
+        let Some(drive) = self.drive_mut() else { return };
+        match code {
+            command::PACKET => {
+                let limit = [drive.lba[1].current, drive.lba[2].current];
+                let limit = usize::from(u16::from_le_bytes(limit));
+                // Words are moved; none at all stands for the most.
+                let limit = if limit < 2 { 0xfffe } else { limit & !1 };
+                let dma = drive.features.current & feature::PACKET_DMA != 0;
+                drive.count.set(reason::COMMAND);
+                self.transfer.kind = Kind::Packet { limit, dma };
+                self.phase = Phase::Data { write: true, at: 0, block: cd::CDB, end: cd::CDB };
+            }
+            command::IDENTIFY_PACKET_DEVICE => self.page(Drive::identify),
+            command::SET_FEATURES => self.set_features(),
+            command::DEVICE_RESET => drive.put_signature(),
+            command::STANDBY_IMMEDIATE | command::IDLE_IMMEDIATE => self.succeed(),
+            command::CHECK_POWER_MODE => {
+                drive.count.set(0xff);
+                self.succeed();
+            }
+            command::IDENTIFY_DEVICE | command::READ_SECTORS => {
+                // So that whoever takes it for a disk finds out.
+                drive.put_signature();
+                self.abort(error::ABRT);
+            }
+            _ => self.abort(error::ABRT),
+        }
+    }
+
+    /// The command block of a PACKET command is in the buffer.
+    fn packet(&mut self) {
+        let Kind::Packet { dma, .. } = self.transfer.kind else { return };
+        let Some(buffer) = self.buffer.as_deref_mut() else { return };
+        let Some(Some(cd)) = self
+            .drives
+            .get_mut(self.active)
+            .map(|drive| drive.as_mut().and_then(|drive| drive.cd.as_mut()))
+        else {
+            return;
+        };
+        let Some(block) = buffer.first_chunk::<{ cd::CDB }>().copied() else { return };
+        let transfer = &mut self.transfer;
+        (transfer.next, transfer.left, self.sent) = (0, 0, 0);
+        match cd.command(&block, buffer) {
+            Answer::Done => self.succeed(),
+            Answer::Failed => self.check_condition(),
+            Answer::Data(len) if dma => {
+                self.sent = len as u32;
+                self.arm();
+            }
+            Answer::Data(len) => self.offer(len),
+            Answer::Read { first, count } => {
+                const SECTORS: u32 = cd::BLOCK / SECTOR;
+                transfer.next = u64::from(first) * u64::from(SECTORS);
+                transfer.left = count.saturating_mul(SECTORS);
+                if !dma {
+                    self.order_sectors();
+                } else if transfer.left <= MAX_DMA_SECTORS {
+                    self.arm();
+                } else {
+                    cd.host_failed(false);
+                    self.check_condition();
+                }
+            }
+        }
+    }
+
+    /// Ends a PACKET command that has failed: the error register has the sense key.
+    fn check_condition(&mut self) {
+        let key = self.cd().map_or(0, |cd| cd.key());
+        self.abort(key << 4 | error::ABRT);
+    }
+
     /// Lets the guest read a page of 512 bytes.
     fn page(&mut self, fill: impl FnOnce(&Drive, &mut [u8; 512])) {
         let drive = self.drives.get(self.active).and_then(Option::as_ref);
@@ -709,18 +851,17 @@ impl Channel {
     fn run_master(&mut self) {
         let running = self.master.command & master::START != 0;
         let to_memory = self.master.command & master::TO_MEMORY != 0;
+        let reads = matches!(self.transfer.kind, Kind::ReadDma | Kind::Packet { .. });
         // A master that runs the other way waits for a drive that never comes.
-        if self.phase != Phase::Armed
-            || !running
-            || to_memory != (self.transfer.kind == Kind::ReadDma)
-        {
+        if self.phase != Phase::Armed || !running || to_memory != reads {
             return;
         }
         let table = self.master.table;
         let Transfer { kind, fua, .. } = self.transfer;
         let (offset, len) = self.take_sectors(u32::MAX);
         self.order(match kind {
-            Kind::ReadDma => Work::ReadDma { offset, len, table },
+            Kind::Packet { .. } if self.sent > 0 => Work::Send { len: self.sent, table },
+            Kind::ReadDma | Kind::Packet { .. } => Work::ReadDma { offset, len, table },
             Kind::WriteDma => Work::WriteDma { offset, len, table, fua },
             _ => Work::Trim { len, table },
         });

@@ -27,8 +27,8 @@ fn geometry() -> Geometry {
 impl Bench {
     fn new() -> Self {
         let mut channel = Channel::new();
-        channel.attach(0, &geometry()).unwrap();
-        channel.attach(1, &geometry()).unwrap();
+        channel.attach(0, &geometry(), false).unwrap();
+        channel.attach(1, &geometry(), false).unwrap();
         let disk = |seed: usize| {
             let mut disk = vec![0; SECTORS as usize * 512];
             for (number, sector) in disk.chunks_mut(512).enumerate() {
@@ -65,6 +65,9 @@ impl Bench {
             }
             Work::Flush => self.flushes += 1,
             Work::Trim { len, .. } => assert!(len <= 8 * 512),
+            Work::Send { len, .. } => {
+                self.memory[..len as usize].copy_from_slice(&job.buffer[..len as usize]);
+            }
         }
         let outcome = self.outcome.unwrap_or(Outcome::Done { table_left: false });
         self.channel.finish(job.buffer, outcome);
@@ -276,7 +279,7 @@ fn a_reset_waits_for_what_is_under_way() {
 #[test]
 fn absent_drives_are_silent() {
     let mut channel = Channel::new();
-    channel.attach(0, &geometry()).unwrap();
+    channel.attach(0, &geometry(), false).unwrap();
     channel.write(6, 0xb0);
     channel.write(2, 0x55);
     channel.write(7, command::IDENTIFY_DEVICE);
@@ -339,6 +342,106 @@ fn cylinders_heads_and_sectors() {
     assert_eq!(job.work, Work::Read { offset: ((16 + 2) * 63 + 2) * 512, len: 512 });
 }
 
+/// A channel with a CD-ROM drive at place 0, whose disc is the bench's disk 0.
+fn cd_bench() -> Bench {
+    let mut bench = Bench::new();
+    bench.channel.attach(0, &geometry(), true).unwrap();
+    bench
+}
+
+impl Bench {
+    /// Sends a command block. Data comes in blocks of `limit` bytes, or by DMA if it is 0.
+    fn packet(&mut self, cdb: [u8; 12], limit: u16) {
+        let [low, high] = limit.to_le_bytes();
+        for (register, value) in
+            [(1, u8::from(limit == 0)), (4, low), (5, high), (6, 0), (7, command::PACKET)]
+        {
+            self.channel.write(register, value);
+        }
+        assert_eq!((self.status(), self.channel.read(2)), (READY | status::DRQ, reason::COMMAND));
+        assert!(!self.channel.take_edge());
+        self.channel.write_data(&cdb);
+    }
+
+    /// The data of a command by PIO, as its blocks come.
+    fn packet_data(&mut self) -> Vec<Vec<u8>> {
+        let mut blocks = Vec::new();
+        loop {
+            self.work();
+            assert!(self.channel.take_edge());
+            if self.status() & status::DRQ == 0 {
+                assert_eq!(self.channel.read(2), reason::STATUS);
+                return blocks;
+            }
+            assert_eq!(self.channel.read(2), reason::TO_GUEST);
+            let len = u16::from_le_bytes([self.channel.read(4), self.channel.read(5)]);
+            let mut block = vec![0; len.into()];
+            self.channel.read_data(&mut block);
+            blocks.push(block);
+        }
+    }
+}
+
+/// READ(10).
+fn read_10(first: u8, count: u8) -> [u8; 12] {
+    [0x28, 0, 0, 0, 0, first, 0, 0, count, 0, 0, 0]
+}
+
+#[test]
+fn a_cd_shows_what_it_is() {
+    let mut bench = cd_bench();
+    let signature = [2, 3, 4, 5, 7].map(|register| bench.channel.read(register));
+    assert_eq!(signature, [1, 1, 0x14, 0xeb, 0]);
+    bench.command(command::IDENTIFY_DEVICE, 0, 0);
+    assert_eq!(bench.status() & status::ERR, status::ERR);
+    assert_eq!((bench.channel.read(4), bench.channel.read(5)), (0x14, 0xeb));
+    bench.command(command::IDENTIFY_PACKET_DEVICE, 0, 0);
+    let mut page = [0; 512];
+    bench.channel.read_data(&mut page);
+    assert_eq!(page[..2], [0xc0, 0x85]);
+}
+
+#[test]
+fn a_cd_is_read_by_pio_and_dma() {
+    let mut bench = cd_bench();
+    bench.packet(read_10(3, 5), 4096);
+    let blocks = bench.packet_data();
+    assert_eq!(blocks.iter().map(Vec::len).collect::<Vec<_>>(), [4096, 4096, 2048]);
+    assert!(blocks.concat() == bench.disks[0][3 * 2048..8 * 2048]);
+    // More than the buffer holds.
+    bench.packet(read_10(0, 200), 0xffff);
+    assert!(bench.packet_data().concat() == bench.disks[0][..200 * 2048]);
+
+    bench.packet(read_10(9, 2), 0);
+    bench.start_dma(master::TO_MEMORY);
+    assert!(bench.work());
+    assert!(bench.channel.take_edge());
+    assert_eq!((bench.status(), bench.channel.read(2)), (READY, reason::STATUS));
+    assert!(bench.memory[..4096] == bench.disks[0][9 * 2048..11 * 2048]);
+    bench.packet([0x12, 0, 0, 0, 36, 0, 0, 0, 0, 0, 0, 0], 0);
+    bench.start_dma(master::TO_MEMORY);
+    assert!(bench.work());
+    assert_eq!(bench.memory[8..15], *b"Partita");
+}
+
+#[test]
+fn a_cd_has_sense_for_what_fails() {
+    let mut bench = cd_bench();
+    let mut beyond = read_10(255, 1);
+    beyond[4] = 4;
+    bench.packet(beyond, 2048);
+    assert!(bench.packet_data().is_empty());
+    assert_eq!(bench.status(), READY | status::ERR);
+    assert_eq!(bench.channel.read(1), 5 << 4 | error::ABRT);
+    bench.outcome = Some(Outcome::Disk(BlockErrorKind::Io));
+    bench.packet(read_10(0, 1), 2048);
+    assert!(bench.packet_data().is_empty());
+    assert_eq!(bench.channel.read(1), 3 << 4 | error::ABRT);
+    bench.packet([3, 0, 0, 0, 18, 0, 0, 0, 0, 0, 0, 0], 64);
+    let sense = bench.packet_data().concat();
+    assert_eq!((sense[2], sense[12]), (3, 0x11));
+}
+
 /// What a guest may do.
 #[derive(Clone, Debug)]
 enum Access {
@@ -358,7 +461,7 @@ fn access() -> impl Strategy<Value = Access> {
         any::<u8>(),
         prop::sample::select(vec![
             0x06, 0x20, 0x24, 0x25, 0x29, 0x30, 0x34, 0x35, 0x39, 0x40, 0x90, 0x91, 0xb0, 0xc4,
-            0xc5, 0xc6, 0xc8, 0xca, 0xe7, 0xec, 0xef,
+            0xc5, 0xc6, 0xc8, 0xca, 0xe7, 0xec, 0xef, 0x08, 0xa0, 0xa0, 0xa1,
         ]),
     ];
     prop_oneof![
@@ -383,9 +486,10 @@ fn access() -> impl Strategy<Value = Access> {
 proptest! {
     #[test]
     fn any_order_of_accesses_leaves_a_drive_that_can_be_reset(
-        accesses in prop::collection::vec(access(), 0..200)
+        accesses in prop::collection::vec(access(), 0..200),
+        cd in any::<bool>(),
     ) {
-        let mut bench = Bench::new();
+        let mut bench = if cd { cd_bench() } else { Bench::new() };
         let mut data = vec![0xa5; 9000];
         for access in accesses {
             match access {
@@ -415,9 +519,14 @@ proptest! {
         bench.channel.write_control(control::SRST);
         bench.channel.write_control(0);
         while bench.work() {}
-        prop_assert_eq!(bench.status(), READY);
-        bench.command(command::READ_SECTORS, 17, 1);
-        prop_assert!(bench.work());
+        if cd {
+            prop_assert_eq!(bench.status(), 0);
+            bench.packet([0x12, 0, 0, 0, 36, 0, 0, 0, 0, 0, 0, 0], 64);
+        } else {
+            prop_assert_eq!(bench.status(), READY);
+            bench.command(command::READ_SECTORS, 17, 1);
+            prop_assert!(bench.work());
+        }
         prop_assert_eq!(bench.status(), READY | status::DRQ);
     }
 }

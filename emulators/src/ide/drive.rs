@@ -1,8 +1,10 @@
-//! One ATA disk on a channel: its registers, its settings, and what it says about itself.
+//! One drive on a channel, an ATA disk or a CD-ROM: its registers, its settings, and what it says
+//! about itself.
 
 use backends::block::{Geometry, SECTOR};
 
 use super::bits::{device, error, status};
+use super::cd::Cd;
 
 /// Sectors that fit one data block of READ and WRITE MULTIPLE, at most.
 pub(super) const MAX_MULTIPLE: u8 = 16;
@@ -68,9 +70,11 @@ pub(super) enum Form {
     Long,
 }
 
-/// A disk.
+/// A disk or a CD-ROM drive.
 #[derive(Debug)]
 pub(super) struct Drive {
+    /// If it is a CD-ROM drive, what understands its commands.
+    pub(super) cd: Option<Cd>,
     serial: String,
     rotational: bool,
     trim: bool,
@@ -105,6 +109,7 @@ impl Drive {
         }
         let ratio = (geometry.physical_block / geometry.logical_block).max(1);
         let mut drive = Self {
+            cd: None,
             serial: geometry.id.clone(),
             rotational: geometry.rotational,
             trim: geometry.discard && !geometry.read_only,
@@ -130,19 +135,32 @@ impl Drive {
         Ok(drive)
     }
 
+    /// A CD-ROM drive with that disc.
+    pub(super) fn new_cd(geometry: &Geometry) -> Result<Self, DriveError> {
+        let disc = Geometry { read_only: true, logical_block: SECTOR, ..geometry.clone() };
+        let mut drive = Self::new(&disc)?;
+        drive.cd = Some(Cd::new(geometry.size));
+        drive.put_signature();
+        Ok(drive)
+    }
+
     /// Whether DATA SET MANAGEMENT can TRIM.
     pub(super) fn trims(&self) -> bool {
         self.trim
     }
 
-    /// What the registers show after a reset: that this is an ATA disk, and well.
+    /// What the registers show after a reset: what kind of drive it is, and that it is well.
     pub(super) fn put_signature(&mut self) {
+        let (middle, high, status) = match self.cd {
+            None => (0, 0, status::DRDY | status::DSC),
+            Some(_) => (0x14, 0xeb, 0), // it takes commands all the same
+        };
         self.count.set(1);
         self.lba[0].set(1);
-        self.lba[1].set(0);
-        self.lba[2].set(0);
+        self.lba[1].set(middle);
+        self.lba[2].set(high);
         self.error = error::DIAGNOSTICS_PASSED;
-        self.status = status::DRDY | status::DSC;
+        self.status = status;
     }
 
     /// INITIALIZE DEVICE PARAMETERS: how cylinder, head and sector are to be understood.
@@ -226,9 +244,10 @@ impl Drive {
         device_register & 0xf0 | nibble
     }
 
-    /// What IDENTIFY DEVICE sends (ATA8-ACS-2, section 7.13).
+    /// What IDENTIFY DEVICE or IDENTIFY PACKET DEVICE sends (ATA8-ACS-2, sections 7.13 and 7.14).
     pub(super) fn identify(&self, page: &mut [u8; 512]) {
         let mut words = [0_u16; 256];
+        let is_cd = self.cd.is_some();
         let mut text = |first: usize, len: usize, text: &str| {
             // Space-padded; the first character of each pair is in the high byte.
             let mut bytes = text.bytes().chain(std::iter::repeat(b' '));
@@ -241,7 +260,7 @@ impl Drive {
         };
         text(10, 10, &self.serial);
         text(23, 4, FIRMWARE);
-        text(27, 20, MODEL);
+        text(27, 20, if is_cd { "Partita CD-ROM" } else { MODEL });
 
         let bit = |on: bool, bit: u16| u16::from(on) << bit;
         let cylinders = self.cylinders();
@@ -258,7 +277,28 @@ impl Drive {
         let enabled =
             0x0008 | bit(self.smart, 0) | bit(self.write_cache, 5) | bit(self.look_ahead, 6);
         let long = self.sectors;
-        for (word, value) in [
+        // A CD-ROM drive: removable, with command blocks of 12 bytes that it asks for within 50 us.
+        // The page is short, as there is no addressing and no cache to describe.
+        let packet = [
+            (0, 0x85c0),
+            (49, 0x0f00),
+            (53, 0x0006),
+            (63, modes(3, 4)),
+            (64, 0x0003),
+            (65, 120),
+            (66, 120),
+            (67, 120),
+            (68, 120),
+            (80, 0x00f0),
+            (82, 0x0010), // PACKET
+            (83, 0x4000),
+            (84, 0x4000),
+            (85, 0x0010),
+            (87, 0x4000),
+            (88, modes(6, 8)),
+            (93, 0x400b),
+        ];
+        let disk = [
             (0, 0x0040), // an ATA disk that is not removable
             (1, cylinders),
             (3, u16::from(HEADS)),
@@ -299,8 +339,11 @@ impl Drive {
             (106, 0x4000 | bit(self.physical_shift > 0, 13) | self.physical_shift as u16 & 0xf),
             (169, bit(self.trim, 0)),
             (217, if self.rotational { 7200 } else { 1 }),
-        ] {
-            words[word] = value;
+        ];
+        for &(word, value) in if is_cd { &packet[..] } else { &disk[..] } {
+            if let Some(register) = words.get_mut::<usize>(word) {
+                *register = value;
+            }
         }
         for (bytes, word) in page.chunks_exact_mut(2).zip(words) {
             bytes.copy_from_slice(&word.to_le_bytes());

@@ -11,15 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use backends::block::{
-    BlockError, BlockErrorKind, Buffer, Completion, Completions, Disk, Operation, Queue, Request,
-    SECTOR,
+    BlockError, BlockErrorKind, Buffer, Completion, Completions, Operation, Queue, Request, SECTOR,
 };
 use backends::uring::{Doorbell, Tag, Token, Uring};
 use hypervisor::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::{Job, Outcome, Work};
-use super::{Port, table};
+use super::{Attached, Port, table};
 
 const DOORBELL: Token = Token::new(Tag::WORKER, 0);
 
@@ -42,11 +41,11 @@ impl Worker {
     pub(super) fn new(
         port: Arc<Port>,
         memory: GuestMemory,
-        disks: &[Option<Arc<dyn Disk>>; 2],
+        disks: &[Option<Attached>; 2],
     ) -> io::Result<Self> {
         let mut uring = Uring::new(8)?;
         let mut queue = |place: usize, tag| match disks.get(place).and_then(Option::as_ref) {
-            Some(disk) => {
+            Some(Attached { disk, .. }) => {
                 let queue = disk.queue(Tag(tag), 1, &mut uring)?;
                 Ok::<_, io::Error>(Some((disk.geometry().size, queue)))
             }
@@ -115,6 +114,7 @@ impl Worker {
             Work::WriteDma { offset, len, table, fua } => (write(fua), offset, len, Some(table)),
             Work::Flush => (Operation::Flush, 0, 0, None),
             Work::Trim { len, table } => return self.trim(job, len, table),
+            Work::Send { len, table } => return Ok(self.send(&job.buffer, len, table)),
         };
         let mut table_left = false;
         match table {
@@ -162,6 +162,22 @@ impl Worker {
             }
             self.sleep()?;
         }
+    }
+
+    /// Copies the start of `buffer` to the guest's memory.
+    fn send(&mut self, buffer: &[u8], len: u32, table: u32) -> Outcome {
+        let Ok(table_left) = table::walk(&self.memory, table, len, &mut self.buffers) else {
+            return Outcome::Table;
+        };
+        let mut rest = buffer;
+        for target in self.buffers.drain(..) {
+            let (source, later) = rest.split_at(target.len().min(rest.len()));
+            // SAFETY: the walk has found these bytes in guest memory, which stays mapped and is
+            // nobody's by reference.
+            unsafe { std::ptr::copy(source.as_ptr(), target.address(), source.len()) };
+            rest = later;
+        }
+        Outcome::Done { table_left }
     }
 
     /// Discards ranges that lie in the guest's memory: eight bytes each, the first sector in 48 bits
