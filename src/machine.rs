@@ -374,6 +374,9 @@ fn add_pci(
         let (first, count) = place.quiet_ports();
         partition.defer_port_writes(first, count.into())?;
     }
+    for (first, count) in chipset::QUIET_BUS_MASTER_PORTS {
+        partition.defer_port_writes(first, count.into())?;
+    }
     let mut window = IoWindow::default();
     window.add(Arc::clone(&decode), chipset::BUS_MASTER_PORTS, ide.bus_master(decode));
     ports.add("PCI I/O", IoWindow::PORT.into(), IoWindow::PORTS.into(), Arc::new(window))?;

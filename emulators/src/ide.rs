@@ -150,7 +150,9 @@ impl Port {
         }
         if edge {
             self.interrupts.fetch_add(1, Ordering::Relaxed);
-            self.line.pulse();
+            // An edge, made here and now: a pulse would have a thread of the kernel make it.
+            self.line.set_level(true);
+            self.line.set_level(false);
         }
         value
     }

@@ -16,6 +16,18 @@ const PIIX4: u8 = 1;
 /// Ports of the bus-master registers, both channels.
 pub const BUS_MASTER_PORTS: u16 = 16;
 
+/// Where the bus-master registers are until a guest moves them.
+pub const BUS_MASTER_PORT: u16 = IoWindow::PORT;
+
+/// Ports there, as first and how many, where a write says nothing before a transfer is started:
+/// status and table of each channel.
+pub const QUIET_BUS_MASTER_PORTS: [(u16, u16); 4] = [
+    (BUS_MASTER_PORT + 2, 1),
+    (BUS_MASTER_PORT + 4, 4),
+    (BUS_MASTER_PORT + 10, 1),
+    (BUS_MASTER_PORT + 12, 4),
+];
+
 /// Puts the chips on the bus. Returns where the IDE function's bus-master registers are.
 pub fn populate(bus: &mut ConfigPorts) -> Arc<Decode> {
     bus.add(0, 0, host_bridge());
@@ -57,7 +69,7 @@ fn ide() -> (Function, Arc<Decode>) {
     function.allow(0x40, &[0xff; 5]); // and SIDETIM
     function.allow(0x48, &[0x0f]); // UDMACTL
     function.allow(0x4a, &[0x33, 0x33]); // UDMATIM
-    function.with_io(4, IoWindow::PORT, BUS_MASTER_PORTS)
+    function.with_io(4, BUS_MASTER_PORT, BUS_MASTER_PORTS)
 }
 
 /// The function that ACPI's fixed hardware belongs to. Its ports are fixed, and its SCI is wired to
