@@ -16,6 +16,8 @@ fail() {
 
 # PARTITA_OPTIONS are for every guest, such as '--synic user'.
 : "${PARTITA_OPTIONS:=}"
+# KERNEL_OPTIONS are added to a guest's command line.
+: "${KERNEL_OPTIONS:=}"
 
 # guest KERNEL SCRIPT [partita option]...: boots a guest that runs SCRIPT and powers off. Its
 # console goes to console.log and, as it comes, to the test's output. It shows warnings and worse:
@@ -28,7 +30,8 @@ guest() {
         rc=0
         # shellcheck disable=SC2086
         partita run $PARTITA_OPTIONS --kernel "/lab/$kernel/vmlinuz" --initrd initrd \
-            --cmdline 'console=ttyS0 panic=-1 loglevel=5' "$@" 2>partita.log </dev/null || rc=$?
+            --cmdline "console=ttyS0 panic=-1 loglevel=5 $KERNEL_OPTIONS" "$@" \
+            2>partita.log </dev/null || rc=$?
         echo "$rc" >rc
     } | tr -d '\r' | tee console.log
     cat partita.log >&2
