@@ -1,14 +1,23 @@
 set -e
 wait-for /dev/sda
+wait-for /dev/sdb
+# Linux looks at both channels at once, so either may have become sda.
+on_channel() {
+    for disk in /sys/block/sd*; do
+        case $(readlink -f "$disk") in */ata$1/*) echo "/dev/${disk##*/}" ;; esac
+    done
+}
+first=$(on_channel 1) second=$(on_channel 2)
+echo "disks: $first $second"
 dmesg | grep -i 'ata_piix\|ata[0-9.]*:' | sed 's/^/log: /'
 for link in 1 2; do
     echo "dma_mode: link$link $(cat /sys/class/ata_device/dev$link.0/dma_mode)"
 done
-hdparm -I /dev/sda
-smartctl -i -H /dev/sda
-mkfs.ext4 -q -F /dev/sda
+hdparm -I "$first"
+smartctl -i -H "$first"
+mkfs.ext4 -q -F "$first"
 mkdir -p /mnt
-mount -t ext4 /dev/sda /mnt
+mount -t ext4 "$first" /mnt
 for i in $(seq 8); do
     head -c $((i * 77777)) /dev/urandom >/mnt/$i
 done
@@ -17,7 +26,7 @@ echo 3 >/proc/sys/vm/drop_caches
 (cd /mnt && sha256sum [0-9]* | sed 's/^/sum: /')
 umount /mnt
 for bs in 4k 128k; do
-    fio --name=v --filename=/dev/sdb --ioengine=libaio --direct=1 --iodepth=4 --rw=randrw --bs=$bs \
+    fio --name=v --filename="$second" --ioengine=libaio --direct=1 --iodepth=4 --rw=randrw --bs=$bs \
         --size=4M --verify=crc32c --verify_fatal=1 --do_verify=1 --output-format=terse \
         >/tmp/fio.out || { cat /tmp/fio.out; exit 1; }
     echo "verified: $bs"
