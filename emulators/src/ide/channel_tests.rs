@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::ide::bits::feature;
 
 const SECTORS: u64 = 4096;
 /// What a guest's memory is to a DMA transfer in these tests.
