@@ -9,6 +9,11 @@
 //! held for about the time the next would take to arrive. If one does, more are expected next
 //! time; if none does, the next trial is put off twice as long.
 //!
+//! A guest that is interrupted for each request sends slowly for that very reason. So the time
+//! between requests is kept twice: as it is when each is answered at once, and as it is when they
+//! are held. Holding goes on only as long as it pays: if requests do not come sooner with it than
+//! without, they are single again.
+//!
 //! Nor can a sleeper tell how soon the next request would have come. To wake it the guest must
 //! signal, which may cost it more than the request: then requests come slowly because the worker
 //! sleeps, and it sleeps because they come slowly. So now and then it keeps vigil over a few
@@ -25,15 +30,19 @@ use std::time::Duration;
 /// Never expect more company than this: larger batches save little and delay the first request.
 const LARGEST_BATCH: u32 = 16;
 /// The first trial after the guest was seen to send single requests, in batches.
-const FIRST_TRIAL: u32 = 16;
+const FIRST_TRIAL: u32 = 4;
 /// The longest distance between two trials, in batches.
 const LAST_TRIAL: u32 = 512;
+/// Over how many batches it is seen whether they pay.
+const PROBATION: u32 = 8;
 /// The longest wait for company or for work, in units of the host's system-call cost.
 const PATIENCE: u32 = 64;
 
 /// The longest time between two requests over which vigil is kept, in units of patience.
 const VIGIL: u32 = 4;
-/// Over how many requests: the first may still be delayed by the signal before it.
+/// The longest that a request is held for the next, in the same units.
+const LONGEST_HOLD: u32 = 6;
+/// Over how many requests vigil is kept: the first may still be delayed by the signal before it.
 const VIGIL_LENGTH: u32 = 3;
 
 /// The pace of one channel.
@@ -43,8 +52,18 @@ pub(super) struct Pacer {
     patience: Duration,
     /// How many requests to gather before they are handed on together.
     expected: u32,
+    /// The last batch, if it was smaller than expected.
+    remainder: Option<u32>,
     /// Moving average of the time between two arrivals.
     gap: Duration,
+    /// What `gap` was when requests last came alone.
+    alone: Duration,
+    /// What it is in batches, from the last of one to the last of the next.
+    together: Duration,
+    /// How many batches of more than one there were since it was last asked whether they pay.
+    batches: u32,
+    /// When the last request of the last batch arrived.
+    last_batch: Duration,
     last_arrival: Option<Duration>,
     /// Batches until the next trial, and the distance between the last two.
     until_trial: u32,
@@ -62,7 +81,12 @@ impl Pacer {
         Self {
             patience: unit.saturating_mul(PATIENCE),
             expected: 1,
+            remainder: None,
             gap: Duration::ZERO,
+            alone: Duration::ZERO,
+            together: Duration::ZERO,
+            batches: 0,
+            last_batch: Duration::ZERO,
             last_arrival: None,
             until_trial: FIRST_TRIAL,
             trial_distance: FIRST_TRIAL,
@@ -82,8 +106,7 @@ impl Pacer {
                 self.vigil_distance = FIRST_TRIAL;
                 self.gap = gap;
             } else {
-                // An eighth of the new, seven of the old: follows a change within a batch or two.
-                self.gap = (self.gap * 7 + gap) / 8;
+                self.gap = average(self.gap, gap);
             }
         }
         self.vigil = self.vigil.saturating_sub(1);
@@ -96,8 +119,9 @@ impl Pacer {
         if gathered == 0 || gathered >= self.target() {
             return None;
         }
-        let window = self.gap + self.gap / 2;
-        (window <= self.patience).then(|| self.last_arrival.unwrap_or_default() + window)
+        // Who is not disturbed sends no later than otherwise. A batch that ends disturbs longer.
+        let window = (self.alone + self.alone / 2).min(self.patience * LONGEST_HOLD);
+        Some(self.last_arrival.unwrap_or_default() + window)
     }
 
     /// How many to gather this time: on trial, twice as many as were expected.
@@ -108,18 +132,60 @@ impl Pacer {
     /// `gathered` requests were handed on together: learn from it.
     pub(super) fn handed_on(&mut self, gathered: u32) {
         let gathered = gathered.clamp(1, LARGEST_BATCH);
-        let on_trial = self.until_trial == 0;
-        if gathered > self.expected {
-            // More than expected: try for still more at once.
-            self.until_trial = 0;
-            self.trial_distance = FIRST_TRIAL;
-        } else if on_trial {
-            self.trial_distance = (self.trial_distance * 2).min(LAST_TRIAL);
-            self.until_trial = self.trial_distance;
-        } else {
+        if self.until_trial > 0 {
             self.until_trial -= 1;
+        } else if gathered > self.expected {
+            // More than expected: try for still more at once.
+            self.expected = gathered;
+        } else {
+            self.postpone_trial();
         }
-        self.expected = gathered;
+        // A burst leaves a small batch behind when it ends, and the next burst is like the last: only
+        // two small ones in a row are news.
+        let small = (gathered < self.expected).then_some(gathered);
+        if let (Some(other), Some(gathered)) = (self.remainder.take(), small) {
+            self.expected = gathered.max(other);
+        } else {
+            self.remainder = small;
+        }
+
+        let last = self.last_arrival.unwrap_or_default();
+        let gap = (last.saturating_sub(self.last_batch) / gathered).min(self.patience * VIGIL);
+        self.last_batch = last;
+        if self.expected == 1 {
+            self.alone = self.gap;
+            self.batches = 0;
+        } else {
+            self.together = if self.batches == 0 { gap } else { average(self.together, gap) };
+            self.batches += 1;
+            if self.batches == PROBATION {
+                if self.pays() {
+                    self.batches = 1;
+                    self.trial_distance = FIRST_TRIAL;
+                } else {
+                    self.expected = 1;
+                    self.batches = 0;
+                    self.postpone_trial();
+                }
+            }
+        }
+    }
+
+    /// Puts the next trial off for twice as long as the last.
+    fn postpone_trial(&mut self) {
+        self.trial_distance = (self.trial_distance * 2).min(LAST_TRIAL);
+        self.until_trial = self.trial_distance;
+    }
+
+    /// Whether batches pay. If requests come quickly, they spare the host much even if they spare the
+    /// guest nothing; otherwise it must be clear that they come sooner.
+    fn pays(&self) -> bool {
+        let (alone, together) = (self.alone, self.together);
+        if together <= self.patience {
+            together <= alone + alone / 4
+        } else {
+            together + together / 2 <= alone
+        }
     }
 
     /// Until when to look for a new request before going to sleep, if at `now` there is none.
@@ -145,15 +211,26 @@ impl Pacer {
     }
 }
 
+/// Seven eighths of the old and one of the new: follows a change within a batch or two.
+fn average(old: Duration, new: Duration) -> Duration {
+    (old * 7 + new) / 8
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const UNIT: Duration = Duration::from_nanos(500);
 
-    /// Serves a guest that keeps `depth` requests in flight, needs `cost` of its own time for
-    /// each, and whose disk answers at once. Returns requests and batches.
-    fn serve(depth: u32, cost: Duration, requests: u32) -> (u32, u32, Duration) {
+    /// Serves a guest that keeps `depth` requests in flight, needs `cost` of its own time for each
+    /// and `interrupt` for each batch that is answered, and whose disk answers at once. Returns
+    /// requests, batches, and for how long requests were held in vain.
+    fn serve(
+        depth: u32,
+        cost: Duration,
+        interrupt: Duration,
+        requests: u32,
+    ) -> (u32, u32, Duration) {
         let mut pacer = Pacer::new(UNIT);
         let mut now = Duration::from_secs(1);
         let (mut served, mut batches) = (0, 0);
@@ -180,26 +257,34 @@ mod tests {
             served += gathered;
             batches += 1;
             waiting += gathered;
+            now += interrupt;
         }
         (served, batches, held)
     }
 
     #[test]
     fn a_deep_queue_is_served_in_batches() {
-        let (served, batches, _) = serve(32, Duration::from_micros(3), 100_000);
+        let (served, batches, _) = serve(32, Duration::from_micros(3), Duration::ZERO, 100_000);
         assert!(batches * 8 < served, "{batches} batches for {served} requests");
     }
 
     #[test]
     fn a_shallow_queue_is_served_whole() {
-        let (served, batches, _) = serve(4, Duration::from_micros(3), 100_000);
+        let (served, batches, _) = serve(4, Duration::from_micros(3), Duration::ZERO, 100_000);
         assert!(batches * 2 < served, "{batches} batches for {served} requests");
+    }
+
+    #[test]
+    fn a_guest_that_is_slow_for_its_interrupts_is_served_in_batches() {
+        let patience = UNIT * PATIENCE;
+        let (served, batches, _) = serve(32, patience * 6 / 5, patience * 2, 100_000);
+        assert!(batches * 8 < served, "{batches} batches for {served} requests");
     }
 
     #[test]
     fn a_single_request_is_hardly_ever_held() {
         let cost = Duration::from_micros(10);
-        let (served, batches, held) = serve(1, cost, 100_000);
+        let (served, batches, held) = serve(1, cost, Duration::ZERO, 100_000);
         assert_eq!(served, batches);
         assert!(held < cost * served / 100, "held {held:?} in all");
     }
@@ -249,8 +334,10 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_guest_is_never_held() {
-        let (_, _, held) = serve(32, UNIT * PATIENCE * 2, 10_000);
-        assert_eq!(held, Duration::ZERO);
+    fn a_slow_guest_is_never_held_in_vain() {
+        let cost = UNIT * PATIENCE * 2;
+        let (served, batches, held) = serve(32, cost, Duration::ZERO, 10_000);
+        assert!(held < cost * served / 1000, "held {held:?} in all");
+        assert!(batches * 10 > served * 7, "{batches} batches for {served} requests");
     }
 }
