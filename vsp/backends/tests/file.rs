@@ -405,6 +405,23 @@ fn a_read_only_disk_reads() {
 }
 
 #[test]
+fn a_file_in_memory_is_read_in_place() {
+    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
+    for direct in [Direct::Auto, Direct::Off] {
+        let disk = open(&image(directory.path(), MIB), direct);
+        let mut worker = Worker::new(&disk);
+        let mut pieces = Pieces::new(&[4096], 0);
+        let buffers = pieces.buffers();
+        assert_eq!(worker.run(READ, 0, &buffers), Ok(4096));
+        // The kernel's helpers are threads of this process, named for whom they help.
+        let helper = format!("iou-wrk-{}", rustix::thread::gettid().as_raw_nonzero());
+        let names = fs::read_dir("/proc/self/task").unwrap().flatten();
+        let names = names.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+        assert_eq!(names.filter(|name| name.trim() == helper).count(), 0, "{direct:?}");
+    }
+}
+
+#[test]
 fn a_writer_keeps_others_away() {
     let directory = tempfile::tempdir().unwrap();
     let path = image(directory.path(), MIB);

@@ -155,11 +155,12 @@ impl FileDisk {
             return Err(OpenError::PartialSector { path: here(), size });
         }
 
+        let in_place = if lives_in_memory(&lock) { libc::O_NONBLOCK } else { 0 };
         let reopen = |flags: i32| -> io::Result<File> {
             let file = std::fs::OpenOptions::new()
                 .read(true)
                 .write(!options.read_only)
-                .custom_flags(flags)
+                .custom_flags(flags | in_place)
                 .open(path)?;
             match same_file(&file.metadata()?, &opened) {
                 true => Ok(file),
@@ -256,6 +257,19 @@ fn open_to_lock(path: &Path, options: &OpenOptions, block_device: bool) -> Resul
             _ => OpenError::Unreadable { path, source },
         }
     })
+}
+
+/// Whether a file's bytes are in memory and nowhere else. Such file systems do not say that they
+/// never wait, so io_uring hands each request for them to a thread, which costs far more than the
+/// request; `O_NONBLOCK` has it served in place. On others it would hide that they do wait.
+fn lives_in_memory(file: &File) -> bool {
+    // <linux/magic.h>
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    const HUGETLBFS: u64 = 0x9584_58f6;
+    let Ok(stat) = rustix::fs::fstatfs(file) else { return false };
+    // Some architectures have it in a signed type of half the size.
+    matches!(u64::from(stat.f_type as u32), TMPFS | RAMFS | HUGETLBFS)
 }
 
 fn same_file(one: &Metadata, other: &Metadata) -> bool {
