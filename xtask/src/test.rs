@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use crate::workspace;
 
 mod lab_tests;
+mod programs;
 
 /// What is run.
 pub(crate) struct TestOptions {
@@ -114,6 +115,15 @@ fn formatting_and_lints(tally: &mut Tally) -> Result<()> {
         .args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])
         .status()?;
     tally.check("cargo clippy", status.success());
+
+    heading("cargo clippy for the built-in guest's image");
+    let status = workspace::cargo()
+        .args(["clippy", "--quiet", "--package", "guest-drivers", "--features", "image"])
+        .args(["--bin", "builtin-guest", "--", "-D", "warnings"])
+        // Like the image itself: it has nobody to unwind to.
+        .env("CARGO_PROFILE_DEV_PANIC", "abort")
+        .status()?;
+    tally.check("cargo clippy for the image", status.success());
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::{Tally, heading};
+use super::{Tally, heading, programs};
 use crate::lab::{self, LabFile, LabOptions};
 use crate::workspace;
 
@@ -84,7 +84,14 @@ impl Round<'_> {
         loop {
             let next = lock(&self.left).pop_front();
             let Some(test) = next else { return };
-            let Err(first) = self.ran(&test) else { continue };
+            let files = match self.files_of(&test) {
+                Ok(files) => files,
+                Err(error) => {
+                    lock(&self.tally).fail(format_args!("lab test {test}: {error:#}"));
+                    continue;
+                }
+            };
+            let Err(first) = self.ran(&test, &files) else { continue };
             let chance = |left: u32| left.checked_sub(1);
             let left = &self.second_chances;
             if left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, chance).is_err() {
@@ -92,7 +99,7 @@ impl Round<'_> {
                 continue;
             }
             println!("once more {test}");
-            match self.ran(&test) {
+            match self.ran(&test, &files) {
                 Ok(()) => lock(&self.tally).note(format_args!(
                     "passed only the second time: lab test {test}; at first: {first}"
                 )),
@@ -102,13 +109,20 @@ impl Round<'_> {
         }
     }
 
+    /// What a test takes along: all the scripts, and the test programs it names.
+    fn files_of(&self, test: &str) -> Result<Vec<LabFile>> {
+        let mut files = programs::wanted_by(&self.folder.join(format!("{test}.sh")))?;
+        let destination = "/lab/tests".to_owned();
+        files.push(LabFile { source: self.folder.clone(), destination });
+        Ok(files)
+    }
+
     /// Runs one test; the error says in one line how it failed.
-    fn ran(&self, test: &str) -> Result<(), String> {
+    fn ran(&self, test: &str, files: &[LabFile]) -> Result<(), String> {
         let limit = LIMIT.to_string();
         let arguments = ["sh", "-c", RUNNER, "run-lab-tests", &limit, test];
-        let destination = "/lab/tests".to_owned();
         let options = LabOptions {
-            files: vec![LabFile { source: self.folder.clone(), destination }],
+            files: files.to_vec(),
             timeout: Duration::from_secs(LIMIT + GRACE),
             command: arguments.map(str::to_owned).to_vec(),
             ..LabOptions::default()
