@@ -15,23 +15,35 @@ cd $work
 dd if=/dev/urandom of=disk.img bs=1M count=64 2>/dev/null
 with-script "$here/storage.guest.sh" initrd
 
+# What KVM counts is the sum over the guests that live, so it is read while they do.
 kvm() { cat /sys/kernel/debug/kvm/$1; }
+# L1's uptime, which busybox's date cannot tell as finely.
+milliseconds() {
+    read -r uptime _ </proc/uptime
+    echo "${uptime%.*}${uptime#*.}0"
+}
 
-# Prints what happened on the host's side during each job: exits of the VP in all, and those that
-# went to user space.
+# Prints what happened on the host's side: the time from the start of the VMM to the guest's init, in
+# seconds; exits of the VP in each job; and the page faults that KVM took for the guest's memory
+# until the last of them.
 watch_console() {
     name=
     while read -r line; do
         line=$(printf '%s' "$line" | tr -d '\r')
         case $line in
-        'job: '*)
-            name=${line#job: } exits=$(kvm exits)
-            start=$(date +%s%N)
+        'job: '*) name=${line#job: } exits=$(kvm exits) ;;
+        'result: '*)
+            echo "$1 ${line#result: } exits=$(($(kvm exits) - exits))"
+            faults=$(kvm pf_taken)
             ;;
-        'result: '*) echo "$1 ${line#result: } exits=$(($(kvm exits) - exits))" ;;
+        'guest: init at '*)
+            took=$(($(milliseconds) - began))
+            echo "$1 exec-to-init ms=$took faults=$(kvm pf_taken) ($line)"
+            ;;
         'interrupts: '* | 'guest: '*) echo "$1 $line" ;;
         esac
     done
+    echo "$1 memory faults=${faults:-?}"
 }
 
 partita_run() {
@@ -48,9 +60,8 @@ qemu_run() {
 
 for round in $(seq "$rounds"); do
     for vmm in $vmms; do
-        faults=$(kvm pf_taken)
+        began=$(milliseconds)
         ${vmm}_run | watch_console "$vmm" | tee -a results
-        echo "$vmm page faults taken by KVM: $(($(kvm pf_taken) - faults))" | tee -a results
         [ $vmm = qemu ] || sed "s/^/partita: /" partita.log
     done
 done
@@ -59,7 +70,14 @@ echo
 # the second.
 set -- $vmms
 awk -v first="$1" -v second="${2:-$1}" '
-    $2 ~ /^(randread|read)-/ { split($3, i, "="); values[$2 " " $1] = values[$2 " " $1] " " i[2]; jobs[$2] = 1 }
+    function note(what, field,    pair) {
+        split(field, pair, "=")
+        values[what " " $1] = values[what " " $1] " " pair[2]
+        if (!(what in seen)) { seen[what] = 1; order[++count] = what }
+    }
+    $2 == "exec-to-init" { note("exec to init, ms", $3) }
+    $2 == "memory" { note("memory faults", $3) }
+    $2 ~ /^(randread|read)-/ { note($2 ", I/O/s", $3) }
     function median(list,    n, i, j, v, swap) {
         n = split(list, v, " ")
         for (i = 1; i <= n; i++)
@@ -67,8 +85,9 @@ awk -v first="$1" -v second="${2:-$1}" '
                 if (v[j] + 0 < v[i] + 0) { swap = v[i]; v[i] = v[j]; v[j] = swap }
         return n % 2 ? v[(n + 1) / 2] : (v[n / 2] + v[n / 2 + 1]) / 2
     }
-    END { for (job in jobs) {
-        p = median(values[job " " first])
-        q = median(values[job " " second])
-        printf "%-18s %s %8.0f I/O/s   %s %8.0f I/O/s   ratio %.2f\n", job, first, p, second, q, q ? p / q : 0
+    END { for (i = 1; i <= count; i++) {
+        what = order[i]
+        p = median(values[what " " first])
+        q = median(values[what " " second])
+        printf "%-24s %s %8.0f   %s %8.0f   ratio %.2f\n", what, first, p, second, q, q ? p / q : 0
     } }' results | tee /lab/out/storage.txt
