@@ -15,9 +15,4 @@ expect 'Serial Number: *S-123'
 expect 'SMART overall-health self-assessment test result: PASSED'
 expect 'verified: 4k'
 expect 'verified: 128k'
-e2fsck -fn disk.img || fail 'e2fsck'
-sed -n 's/^sum: //p' console.log >sums
-[ "$(wc -l <sums)" = 8 ] || fail "$(wc -l <sums) checksums instead of 8"
-while read -r sum file; do
-    debugfs -R "cat $file" disk.img 2>/dev/null | sha256sum | grep -q "^$sum" || fail "$file differs"
-done <sums
+whole disk.img 8

@@ -55,3 +55,14 @@ healthy() {
     refute 'BUG:'
     refute 'I/O error'
 }
+
+# whole IMAGE COUNT: the file system on IMAGE is sound, and COUNT files in it are as they were in the
+# guest, which has shown a line `sum: SHA256 NAME` for each.
+whole() {
+    e2fsck -fn "$1" || fail "e2fsck of $1"
+    sed -n 's/^sum: //p' console.log >sums
+    [ "$(wc -l <sums)" = "$2" ] || fail "$(wc -l <sums) checksums instead of $2"
+    while read -r sum file; do
+        debugfs -R "cat $file" "$1" 2>/dev/null | sha256sum | grep -q "^$sum" || fail "$file differs"
+    done <sums
+}

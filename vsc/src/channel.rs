@@ -77,17 +77,7 @@ impl<M: RingMemory, D: Doorbell> Channel<M, D> {
         headers: &[u8],
         payload: &[u8],
     ) -> Result<(), PushError> {
-        let push = |to: &mut Outgoing<M>| {
-            to.push_with_headers(kind, flags, transaction_id, headers, &[payload])
-        };
-        match push(&mut self.outgoing) {
-            // The ring knows of no more room than there was when it looked last.
-            Err(PushError::Full) => {
-                self.outgoing.free()?;
-                push(&mut self.outgoing)?;
-            }
-            other => other?,
-        }
+        self.outgoing.push_with_headers(kind, flags, transaction_id, headers, &[payload])?;
         self.counters.packets_out += 1;
         self.unpublished = true;
         Ok(())

@@ -207,10 +207,11 @@ struct Bus {
 impl Bus {
     fn run(mut self) -> Vec<Box<dyn Device>> {
         loop {
+            // News first: a guest that posts without a pause does not keep workers' ends unheard.
             while let Ok(event) = self.news.try_recv() {
                 self.hear(&event);
             }
-            while !self.stopping
+            if !self.stopping
                 && self.outbox.len() < OUTBOX
                 && let Ok(post) = self.inbox.try_recv()
             {
@@ -219,6 +220,7 @@ impl Bus {
                     self.complaints.say(&error);
                 }
                 self.act();
+                continue;
             }
             if self.stopping && !self.server.is_busy() {
                 return self.devices;

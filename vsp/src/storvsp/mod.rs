@@ -192,7 +192,10 @@ impl Device for Controller {
                         Err(fault) => {
                             let source = std::error::Error::source(&fault);
                             let why = source.map(|s| format!(": {s}")).unwrap_or_default();
-                            warn!("storvsp{number}.{subchannel}: channel given up: {fault}{why}");
+                            // A guest may open channels and break them as long as it likes.
+                            crate::limited!(warn!(
+                                "storvsp{number}.{subchannel}: channel given up: {fault}{why}"
+                            ));
                         }
                     }
                 }

@@ -475,6 +475,20 @@ fn stopping_ends_all_workers_and_gives_the_devices_back() {
 }
 
 #[test]
+fn a_guest_that_posts_without_a_pause_delays_no_stop() {
+    let (host, guest) = start(echoes(1));
+    guest.connect(1);
+    let _rings = guest.open(1).unwrap();
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            // Until there is no bus any more. Nobody knows this message.
+            scope.spawn(|| while guest.post(&[0xffu8; 8]) != HvStatus::INVALID_CONNECTION_ID {});
+        }
+        assert_eq!(host.stop().len(), 1);
+    });
+}
+
+#[test]
 fn posts_are_checked_before_they_are_taken() {
     let (_host, guest) = start(Vec::new());
     let post = |connection, kind, len| {
