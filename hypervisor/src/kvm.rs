@@ -227,12 +227,18 @@ impl KvmPartition {
             .map_err(call("cannot bind a port to an event"))
     }
 
-    /// Where the first processor starts; the others wait for it to start them.
+    /// Where the first processor starts; the others wait for it to start them, as a PC's do.
     pub fn set_boot_state(&self, state: &BootState) -> Result<(), PartitionError> {
         match self.vps.first() {
             Some(vp) => vp.set_boot_state(state),
             None => Ok(()),
         }
+    }
+
+    /// Where all processors start at once. Each has to find out which it is, by its local APIC's
+    /// number for instance, before it uses the stack.
+    pub fn set_boot_state_of_all(&self, state: &BootState) -> Result<(), PartitionError> {
+        self.vps.iter().try_for_each(|vp| vp.set_boot_state(state))
     }
 }
 

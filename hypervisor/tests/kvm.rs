@@ -18,6 +18,11 @@ const NO_RAM: u64 = 0x2000_0000;
 /// A partition whose first processor starts with `code`, in long mode with its first 2 MiB mapped.
 /// `None` where there is no KVM.
 fn partition(vps: u32, code: &[u8]) -> Option<KvmPartition> {
+    partition_and_state(vps, code).map(|(partition, _)| partition)
+}
+
+/// The same, with the state in which the first processor starts.
+fn partition_and_state(vps: u32, code: &[u8]) -> Option<(KvmPartition, BootState)> {
     let memory = GuestMemory::new(4 << 20).unwrap();
     let (top, middle, bottom, gdt) = (Gpa(0x2000), Gpa(0x3000), Gpa(0x4000), Gpa(0x1000));
     memory.write_obj(top, &(middle.0 | 3)).unwrap();
@@ -49,7 +54,7 @@ fn partition(vps: u32, code: &[u8]) -> Option<KvmPartition> {
         data_selector: 16,
     };
     partition.set_boot_state(&state).unwrap();
-    Some(partition)
+    Some((partition, state))
 }
 
 /// Remembers what is written, answers reads with 0x41, and stops at a write of `!`.
@@ -130,6 +135,43 @@ fn processors_can_be_stopped_whatever_they_do() {
             stopper.join().unwrap();
         }
     }
+}
+
+/// Takes down which processors have written, and stops when three have.
+struct RollCall(Mutex<Vec<u8>>, StopHandle);
+
+impl Device for RollCall {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, _: u64, data: &[u8]) {
+        let mut seen = self.0.lock().unwrap();
+        seen.extend_from_slice(data);
+        if seen.len() == 3 {
+            self.1.stop(StopReason::PowerOff);
+        }
+    }
+}
+
+#[test]
+fn all_processors_can_start_at_once() {
+    let code = [
+        0xb8, 0x01, 0x00, 0x00, 0x00, // mov eax, 1
+        0x0f, 0xa2, // cpuid
+        0xc1, 0xeb, 0x18, // shr ebx, 24
+        0x88, 0xd8, // mov al, bl
+        0x66, 0xba, 0x00, 0x01, // mov dx, 0x100
+        0xee, // out dx, al
+        0xf4, // hlt
+    ];
+    let Some((mut partition, state)) = partition_and_state(3, &code) else { return };
+    partition.set_boot_state_of_all(&state).unwrap();
+    let device = Arc::new(RollCall(Mutex::default(), partition.stop_handle()));
+    let mut ports = Bus::ports();
+    ports.add("device", 0x100, 1, device.clone()).unwrap();
+    assert_eq!(run(&mut partition, ports, Bus::mmio()), StopReason::PowerOff);
+    let mut seen = device.0.lock().unwrap();
+    seen.sort_unstable();
+    assert_eq!(*seen, [0, 1, 2]);
 }
 
 #[test]

@@ -13,10 +13,10 @@ use std::sync::{Arc, Once};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
-    KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
-    KVMIO, Msrs, kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit, kvm_msr_entry, kvm_run,
-    kvm_run__bindgen_ty_1, kvm_segment,
+    KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit,
+    kvm_mp_state, kvm_msr_entry, kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -283,6 +283,10 @@ impl Vp {
         (special.ds, special.es, special.ss) = (data, data, data);
         (special.fs, special.gs) = (data, data);
         self.fd.set_sregs(&special).map_err(call(what))?;
+
+        // All but the first wait for an INIT otherwise.
+        let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        self.fd.set_mp_state(running).map_err(call(what))?;
 
         let mut general = self.fd.get_regs().map_err(call(what))?;
         general.rip = state.entry.0;
