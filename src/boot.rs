@@ -10,6 +10,7 @@
 //!   0x20000  command line, up to 64 KiB
 //!   0x9fc00  end of conventional memory
 //!   0xe0000  ACPI tables
+//!   0xf0000  SMBIOS tables, if there are any
 //!  0x100000  RAM goes on: the kernel where it wants to be, the initrd at the end
 //! ```
 
@@ -17,6 +18,7 @@ mod acpi;
 mod builtin;
 mod linux;
 pub mod long_mode;
+mod smbios;
 
 pub use builtin::{BuiltinBoot, BuiltinError};
 pub use linux::LinuxBoot;

@@ -94,6 +94,7 @@ fn boot(
 ) -> anyhow::Result<Report> {
     let config = MachineConfig {
         ide: IdeDisks::default(),
+        prefers_vmbus: false,
         guest: Guest::Builtin { work: WORK.to_owned() },
         memory: MEMORY,
         vps: 1,

@@ -40,6 +40,8 @@ pub struct MachineConfig {
     pub synic: SynicOption,
     /// Its IDE disks. If there are any, it has a PCI bus with a controller for them.
     pub ide: IdeDisks,
+    /// Whether each of them is on the VMBus too, so that Linux may be told to take it there.
+    pub prefers_vmbus: bool,
 }
 
 /// What a machine runs in.
@@ -106,20 +108,16 @@ pub enum Guest {
 
 impl Guest {
     /// Puts the guest into `memory`, for a virtual machine.
-    fn load(
-        &self,
-        memory: &GuestMemory,
-        vps: u32,
-        synic: SynicOption,
-        pci: bool,
-    ) -> anyhow::Result<BootState> {
+    fn load(&self, memory: &GuestMemory, config: &MachineConfig) -> anyhow::Result<BootState> {
+        let vps = config.vps;
         Ok(match self {
             Self::Linux { kernel, initrd, command_line } => {
                 let initrd = initrd.as_deref();
-                LinuxBoot { kernel, initrd, command_line, vps, pci }.load(memory)?
+                let (pci, prefers_vmbus) = (!config.ide.is_empty(), config.prefers_vmbus);
+                LinuxBoot { kernel, initrd, command_line, vps, pci, prefers_vmbus }.load(memory)?
             }
             Self::Builtin { work } => {
-                let doorbell = hyper_v(synic)? == HyperV::User;
+                let doorbell = hyper_v(config.synic)? == HyperV::User;
                 BuiltinBoot { command_line: work, vps, doorbell }.load(memory)?
             }
         })
@@ -178,8 +176,7 @@ impl Loaded {
 
     fn in_kvm(config: &MachineConfig) -> anyhow::Result<Self> {
         let memory = memory(config)?;
-        let pci = !config.ide.is_empty();
-        let boot_state = config.guest.load(&memory, config.vps, config.synic, pci)?;
+        let boot_state = config.guest.load(&memory, config)?;
         let hyper_v = hyper_v(config.synic)?;
         let partition = KvmPartition::new(&PartitionConfig {
             vps: config.vps,

@@ -109,6 +109,8 @@ pub enum Attach {
     Scsi,
     /// As an ATA disk of an emulated IDE controller.
     Ide,
+    /// As that, and on the VMBus too, as a Hyper-V host does: the guest takes which it likes.
+    IdeAndScsi,
 }
 
 /// One `--disk`.
@@ -167,11 +169,12 @@ impl FromStr for DiskOption {
                 "attach" => match value.as_str() {
                     "scsi" => disk.attach = Attach::Scsi,
                     "ide" => disk.attach = Attach::Ide,
+                    "ide+scsi" => disk.attach = Attach::IdeAndScsi,
                     _ => {
                         return Err(OptionError::Value {
                             key: "attach",
                             value,
-                            allowed: "scsi or ide",
+                            allowed: "scsi, ide or ide+scsi",
                         });
                     }
                 },
@@ -202,7 +205,8 @@ impl FromStr for DiskOption {
         let ide_only = disk.channel.map(|_| "channel").or(disk.device.map(|_| "device"));
         let (stray, attach) = match disk.attach {
             Attach::Scsi => (ide_only, "ide"),
-            Attach::Ide => (scsi_only, "scsi"),
+            // By the VMBus it is a controller of its own, with its place as number.
+            Attach::Ide | Attach::IdeAndScsi => (scsi_only, "scsi"),
         };
         if let Some(key) = stray {
             return Err(OptionError::Attach { key, attach });
@@ -378,6 +382,11 @@ mod tests {
              readonly, direct, id"
         );
         assert_eq!(message("path=a,attach=ide,lun=0"), "'lun' goes with attach=scsi only");
+        assert_eq!(message("path=a,attach=ide+scsi,lun=0"), "'lun' goes with attach=scsi only");
+        assert_eq!(
+            message("path=a,attach=sata"),
+            "attach=sata is not possible; attach is scsi, ide or ide+scsi"
+        );
         assert_eq!(message("path=a,device=1"), "'device' goes with attach=ide only");
         assert_eq!(
             message("path=a,attach=ide,channel=2"),

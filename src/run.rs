@@ -13,11 +13,12 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use backends::block::Disk;
 use backends::file::{Direct, FileDisk, OpenOptions};
+use backends::paths;
 use clap::Args;
 use emulators::IdeDisks;
 use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
-use vsp::storvsp::ControllerBuilder;
+use vsp::storvsp::{Controller, ControllerBuilder};
 
 use crate::machine::{Guest, Machine, MachineConfig};
 use crate::options::{Attach, DiskOption, PartitionOption, SerialOption, Size, SynicOption};
@@ -34,8 +35,9 @@ Examples:
   partita run --builtin 'identify; bench rw=read bs=4k depth=32 time=2s' --disk path=a.img
 
 Disks take path=PATH and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
-attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. A
-comma in a value is written twice.
+attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. With
+attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes: the
+first that writes owns the disk. A comma in a value is written twice.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N]
@@ -96,7 +98,23 @@ struct Attached {
 #[derive(Clone, Copy)]
 enum Place {
     Scsi { controller: u8, lun: Option<u8> },
-    Ide { channel: Option<u8>, device: Option<u8> },
+    Ide { channel: Option<u8>, device: Option<u8>, on_vmbus: bool },
+}
+
+/// The disks on the IDE controller, and those of them that are on the VMBus too.
+#[derive(Default)]
+struct IdeAttachments {
+    disks: IdeDisks,
+    on_vmbus: Vec<OnVmbus>,
+    /// Whether the others are none. Then Linux may be told to leave ATA disks alone.
+    all_on_vmbus: bool,
+}
+
+/// The path by the VMBus to a disk on the IDE controller.
+struct OnVmbus {
+    channel: u8,
+    device: u8,
+    disk: Arc<dyn Disk>,
 }
 
 impl Run {
@@ -111,13 +129,19 @@ impl Run {
         }
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
-        let mut ide = ide_disks(&disks)?;
+        let mut ide = ide_attachments(&disks)?;
         for image in &self.cdrom {
             let options = OpenOptions { read_only: true, lock: true, ..OpenOptions::default() };
             let disc = FileDisk::open(image, &options)?;
-            ide.attach_cd(Arc::new(disc)).context("--cdrom")?;
+            ide.disks.attach_cd(Arc::new(disc)).context("--cdrom")?;
         }
-        controllers(&disks, self.cpus)?;
+        if !ide.all_on_vmbus && !ide.on_vmbus.is_empty() {
+            tracing::warn!(
+                "with attach=ide beside attach=ide+scsi, Linux drives all IDE disks by ATA, and sees \
+                 the latter once more on the VMBus"
+            );
+        }
+        controllers(&disks, &ide, self.cpus)?;
         let builtin = self.builtin.is_some();
         let guest = match (self.builtin, self.kernel) {
             (Some(work), _) => Guest::Builtin { work },
@@ -127,7 +151,15 @@ impl Run {
             (None, None) => bail!("--kernel or --builtin is missing"),
         };
         let (vps, partition, synic) = (self.cpus, self.partition, self.synic);
-        let config = MachineConfig { guest, memory, vps, partition, synic, ide };
+        let config = MachineConfig {
+            guest,
+            memory,
+            vps,
+            partition,
+            synic,
+            ide: ide.disks.clone(),
+            prefers_vmbus: ide.all_on_vmbus,
+        };
         let mut console = None;
         let mut serial_file = None;
         loop {
@@ -144,7 +176,7 @@ impl Run {
             }
             let console = console.as_ref().expect("just made");
 
-            let devices = controllers(&disks, config.vps)?;
+            let devices = controllers(&disks, &ide, config.vps)?;
             let host = Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
                 .context("cannot start the VMBus")?;
             let sink = host.sink();
@@ -189,13 +221,22 @@ fn open(option: &DiskOption) -> anyhow::Result<Attached> {
     let disk = FileDisk::open(&option.path, &options)?;
     let place = match option.attach {
         Attach::Scsi => Place::Scsi { controller: option.controller, lun: option.lun },
-        Attach::Ide => Place::Ide { channel: option.channel, device: option.device },
+        Attach::Ide | Attach::IdeAndScsi => Place::Ide {
+            channel: option.channel,
+            device: option.device,
+            on_vmbus: option.attach == Attach::IdeAndScsi,
+        },
     };
     Ok(Attached { disk: Arc::new(disk), place })
 }
 
-/// The SCSI controllers with their disks. Disks that name a LUN get it, the others what is left.
-fn controllers(disks: &[Attached], vps: u32) -> anyhow::Result<Vec<Box<dyn Device>>> {
+/// What is on the VMBus: the SCSI controllers with their disks, and IDE disks. Disks that name a LUN
+/// get it, the others what is left.
+fn controllers(
+    disks: &[Attached],
+    ide: &IdeAttachments,
+    vps: u32,
+) -> anyhow::Result<Vec<Box<dyn Device>>> {
     let mut builders = BTreeMap::new();
     let scsi = disks.iter().filter_map(|Attached { disk, place }| match *place {
         Place::Scsi { controller, lun } => Some((disk, controller, lun)),
@@ -209,26 +250,35 @@ fn controllers(disks: &[Attached], vps: u32) -> anyhow::Result<Vec<Box<dyn Devic
             .attach(lun, Arc::clone(disk))
             .with_context(|| format!("--disk on controller {controller}"))?;
     }
-    Ok(builders
-        .into_values()
-        .map(|builder| Box::new(builder.build(vps)) as Box<dyn Device>)
-        .collect())
+    let scsi = builders.into_values().map(|builder| builder.build(vps));
+    let ide = ide.on_vmbus.iter().map(|OnVmbus { channel, device, disk }| {
+        Controller::ide(*channel, *device, Arc::clone(disk), vps)
+    });
+    Ok(ide.chain(scsi).map(|controller| Box::new(controller) as Box<dyn Device>).collect())
 }
 
 /// The IDE disks. Those that name a place get it, the others what is left.
-fn ide_disks(disks: &[Attached]) -> anyhow::Result<IdeDisks> {
-    let mut ide = IdeDisks::default();
-    let wanted = disks.iter().filter_map(|Attached { disk, place }| match *place {
-        Place::Ide { channel, device } => Some((disk, channel, device)),
-        Place::Scsi { .. } => None,
-    });
-    let named = |channel: &Option<u8>, device: &Option<u8>| {
+fn ide_attachments(disks: &[Attached]) -> anyhow::Result<IdeAttachments> {
+    let mut wanted: Vec<_> = disks
+        .iter()
+        .filter_map(|Attached { disk, place }| match *place {
+            Place::Ide { channel, device, on_vmbus } => Some((disk, channel, device, on_vmbus)),
+            Place::Scsi { .. } => None,
+        })
+        .collect();
+    wanted.sort_by_key(|(_, channel, device, _)| {
         2 - u8::from(channel.is_some()) - u8::from(device.is_some())
-    };
-    let mut wanted: Vec<_> = wanted.collect();
-    wanted.sort_by_key(|(_, channel, device)| named(channel, device));
-    for (disk, channel, device) in wanted {
-        ide.attach(channel, device, Arc::clone(disk)).context("--disk")?;
+    });
+    let mut ide = IdeAttachments { all_on_vmbus: !wanted.is_empty(), ..Default::default() };
+    for (disk, channel, device, on_vmbus) in wanted {
+        if on_vmbus {
+            let [ata, scsi] = paths::split(disk, ["IDE", "the VMBus"]);
+            let (channel, device) = ide.disks.attach(channel, device, ata).context("--disk")?;
+            ide.on_vmbus.push(OnVmbus { channel, device, disk: scsi });
+        } else {
+            ide.disks.attach(channel, device, Arc::clone(disk)).context("--disk")?;
+            ide.all_on_vmbus = false;
+        }
     }
     Ok(ide)
 }

@@ -76,19 +76,20 @@ struct Attached {
 
 impl IdeDisks {
     /// Attaches a disk at the place that is asked for, as far as it is; the first free one otherwise.
+    /// Returns its channel and its place there.
     pub fn attach(
         &mut self,
         channel: Option<u8>,
         device: Option<u8>,
         disk: Arc<dyn Disk>,
-    ) -> Result<(), DriveError> {
+    ) -> Result<(u8, u8), DriveError> {
         drive::Drive::new(&disk.geometry())?;
         self.place(channel, device, Attached { disk, cd: false })
     }
 
     /// Attaches a CD-ROM drive with `disc` in it where a drive is expected, which is the second
     /// channel, or else at the first free place.
-    pub fn attach_cd(&mut self, disc: Arc<dyn Disk>) -> Result<(), DriveError> {
+    pub fn attach_cd(&mut self, disc: Arc<dyn Disk>) -> Result<(u8, u8), DriveError> {
         drive::Drive::new_cd(&disc.geometry())?;
         let attached = Attached { disk: disc, cd: true };
         self.place(Some(1), None, attached.clone()).or_else(|_| self.place(None, None, attached))
@@ -99,13 +100,13 @@ impl IdeDisks {
         channel: Option<u8>,
         device: Option<u8>,
         attached: Attached,
-    ) -> Result<(), DriveError> {
+    ) -> Result<(u8, u8), DriveError> {
         let wanted = |asked: Option<u8>, have: u8| asked.is_none_or(|asked| asked == have);
         for (at, devices) in (0..).zip(&mut self.0) {
             for (place, slot) in (0..).zip(devices) {
                 if wanted(channel, at) && wanted(device, place) && slot.is_none() {
                     *slot = Some(attached);
-                    return Ok(());
+                    return Ok((at, place));
                 }
             }
         }

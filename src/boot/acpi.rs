@@ -20,8 +20,8 @@ use hypervisor::{Gpa, GuestMemory, MemoryError, layout};
 
 /// Where a BIOS would have them, and where guests look when nobody tells them.
 const TABLES: Gpa = Gpa(0xe_0000);
-/// Up to the end of the BIOS area.
-const TABLES_SIZE: usize = 0x2_0000;
+/// Up to where the SMBIOS tables may be.
+const TABLES_SIZE: usize = 0x1_0000;
 
 const OEM_ID: [u8; 6] = *b"PARTIT";
 const OEM_TABLE_ID: [u8; 8] = *b"PARTITA ";

@@ -9,7 +9,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use super::{acpi, long_mode};
+use super::{acpi, long_mode, smbios};
 
 /// Boot parameters.
 const ZERO_PAGE: Gpa = Gpa(0x7000);
@@ -50,6 +50,8 @@ pub struct LinuxBoot<'a> {
     pub vps: u32,
     /// Whether they tell of a PCI bus.
     pub pci: bool,
+    /// Whether there are tables that have Linux leave IDE disks to its VMBus drivers.
+    pub prefers_vmbus: bool,
 }
 
 /// Why a guest cannot be booted.
@@ -114,6 +116,9 @@ impl LinuxBoot<'_> {
             header.ramdisk_size = len as u32;
         }
         let rsdp = acpi::write(memory, self.vps, self.pci)?;
+        if self.prefers_vmbus {
+            smbios::write(memory)?;
+        }
 
         let mut parameters = boot_params { hdr: header, ..Default::default() };
         parameters.acpi_rsdp_addr = rsdp.0;
@@ -330,6 +335,7 @@ mod tests {
             command_line: "console=ttyS0",
             vps: 2,
             pci: false,
+            prefers_vmbus: false,
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backends::block::Disk;
+use backends::paths;
 use backends::ram::RamDisk;
 use vmbus::packet::{PacketFlags, PacketKind};
 use vmbus::vstor::{
@@ -12,7 +13,7 @@ use vmbus::vstor::{
 };
 use vmbus_server::Device;
 use vmbus_server::testing::{GuestEnd, pair};
-use vsp::storvsp::ControllerBuilder;
+use vsp::storvsp::{Controller, ControllerBuilder};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -22,6 +23,8 @@ const MIB: u64 = 1 << 20;
 struct Guest {
     end: GuestEnd,
     next_id: u64,
+    /// The SCSI target that commands are for.
+    target: u8,
 }
 
 /// What came back for a command.
@@ -49,7 +52,16 @@ impl Guest {
             builder.attach(None, disk).unwrap();
         }
         builder.build(vps).open(channel).unwrap();
-        Self { end, next_id: 1 }
+        Self { end, next_id: 1, target: 0 }
+    }
+
+    /// Opens the channel of a disk that is also device 1 of IDE channel 1.
+    fn with_ide_disk(disk: Arc<dyn Disk>) -> Self {
+        let (channel, end) = pair(16 * MIB);
+        Controller::ide(1, 1, disk, 4).open(channel).unwrap();
+        let mut guest = Self { end, next_id: 1, target: 1 };
+        guest.shake_hands();
+        guest
     }
 
     fn shake_hands(&mut self) {
@@ -112,7 +124,7 @@ impl Guest {
         let id = self.id();
         let mut request = ScsiRequest::new_zeroed();
         request.length = 52;
-        request.lun = lun;
+        (request.target, request.lun) = (self.target, lun);
         request.cdb_len = cdb.len() as u8;
         request.sense_len = 20;
         request.data_in = direction;
@@ -291,6 +303,41 @@ fn sub_channels_are_offered_as_asked() {
         std::thread::sleep(Duration::from_millis(1));
     }
     panic!("no sub-channels were offered");
+}
+
+#[test]
+fn an_ide_disk_is_the_target_that_its_offer_says() {
+    let (_, disk) = ram(MIB);
+    let mut guest = Guest::with_ide_disk(disk);
+    good(&guest.read(0, 8, 0x10_0000), 4096);
+    let channels = guest.ask_anyway(Operation::CreateSubChannels, &[1, 0]);
+    assert_ne!(channels.status, NtStatus::Success, "it has one channel");
+    guest.target = 0;
+    refused(&guest.read(0, 8, 0x10_0000), [5, 0x25, 0]);
+}
+
+#[test]
+fn a_disk_that_is_written_by_another_path_is_protected() {
+    let (ram, disk) = ram(MIB);
+    let [ide, scsi] = paths::split(&disk, ["IDE", "the VMBus"]);
+    // Two guests stand for two drivers of one: a channel each, to one disk.
+    let mut first = Guest::with_ide_disk(ide);
+    let mut second = Guest::new(vec![scsi]);
+    first.put(0x10_0000, &[1; 512]);
+    second.put(0x10_0000, &[2; 512]);
+    good(&first.write(0, 1, 0x10_0000), 512);
+    refused(&second.write(0, 1, 0x10_0000), [7, 0x27, 0]);
+    good(&second.read(0, 1, 0x20_0000), 512);
+    assert_eq!(second.get(0x20_0000, 512), [1; 512]);
+    good(&second.run(&[0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0], DataDirection::None, &[]), 0);
+
+    // The first driver goes away; its writing ends with it.
+    first.end.request_stop();
+    assert!(first.is_closed());
+    good(&second.write(0, 1, 0x10_0000), 512);
+    let mut sector = [0; 512];
+    ram.read(0, &mut sector);
+    assert_eq!(sector, [2; 512]);
 }
 
 #[test]

@@ -557,7 +557,9 @@ impl Channel {
         }
         let device_register = self.device;
         let Some(drive) = self.drive_mut() else { return };
-        if !reading && matches!(outcome, Outcome::Disk(_)) {
+        // That somebody else writes the disk is no fault of the device.
+        let faulty = matches!(outcome, Outcome::Disk(kind) if kind != BlockErrorKind::ReadOnly);
+        if !reading && faulty {
             drive.status |= status::DF;
         }
         let device_register = drive.put_address(start, form, device_register);

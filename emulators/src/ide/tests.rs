@@ -1,6 +1,7 @@
 use std::sync::atomic::AtomicU32;
 
 use backends::block::{BlockErrorKind, Operation};
+use backends::paths;
 use backends::ram::RamDisk;
 use backends::testing::{FaultyDisk, Gate, Rule};
 use hypervisor::Gpa;
@@ -177,14 +178,28 @@ fn a_processor_does_not_wait_for_the_disk() {
 }
 
 #[test]
+fn what_another_path_writes_is_protected_here() {
+    let disk: Arc<dyn Disk> = Arc::new(RamDisk::new(1 << 20).unwrap());
+    let [ide, other] = paths::split(&disk, ["IDE", "another"]);
+    let (machine, second) = (Machine::new(ide), Machine::new(other));
+    assert_eq!(second.dma(0xca, 0, 0, 2, 1024), (0x50, 4));
+    assert_eq!(machine.dma(0xc8, 8, 0, 2, 1024), (0x50, 4));
+    // Not carried out, and no fault of the device.
+    assert_eq!(machine.dma(0xca, 0, 0, 2, 1024).0, 0x51);
+    assert_eq!(machine.read(1), 0x04);
+    drop(second);
+    assert_eq!(machine.dma(0xca, 0, 0, 2, 1024), (0x50, 4));
+}
+
+#[test]
 fn places_are_found_and_taken_once() {
     let disk = || Arc::new(RamDisk::new(1 << 20).unwrap());
     let mut disks = IdeDisks::default();
-    disks.attach(Some(1), Some(0), disk()).unwrap();
+    assert_eq!(disks.attach(Some(1), Some(0), disk()), Ok((1, 0)));
     let taken = DriveError::Taken { channel: 1, device: 0 };
     assert_eq!(disks.attach(Some(1), Some(0), disk()).unwrap_err(), taken);
-    for _ in 0..3 {
-        disks.attach(None, None, disk()).unwrap();
+    for place in [(0, 0), (0, 1), (1, 1)] {
+        assert_eq!(disks.attach(None, None, disk()), Ok(place));
     }
     assert_eq!(disks.attach(None, None, disk()).unwrap_err(), DriveError::Full);
     let large = RamDisk::new(1 << 20).unwrap().with(|geometry| geometry.logical_block = 4096);

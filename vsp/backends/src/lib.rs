@@ -3,6 +3,7 @@
 //! - [`uring`]: one worker's own `io_uring`, shared by its doorbell, its disks and its NIC.
 //! - [`block`]: what a disk is, as two small traits, and the words of a request.
 //! - [`mod@file`]: a disk in a file or on a block device of the host.
+//! - [`paths`]: two ways to one disk, of which one at a time writes.
 //! - [`ram`]: a disk in memory, for tests and benches.
 //! - [`testing`]: a disk that fails, dawdles and falls short on demand.
 //!
@@ -10,6 +11,7 @@
 
 pub mod block;
 pub mod file;
+pub mod paths;
 pub mod ram;
 pub mod testing;
 pub mod uring;

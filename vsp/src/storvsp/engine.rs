@@ -207,8 +207,7 @@ impl Engine {
             },
             transfer_len: u32::try_from(available).unwrap_or(u32::MAX).min(request.transfer_len),
         };
-        // Each controller has one bus with one target.
-        let here = request.path == 0 && request.target == 0;
+        let here = self.luns.is_target(request.path, request.target);
         let lun = if here { request.lun } else { u8::MAX };
         let queue = self.present.iter().position(|present| *present == lun);
         let (Some(unit), Some(queue)) = (self.luns.get(lun), queue) else {

@@ -1,0 +1,37 @@
+#!/bin/sh
+# attach=ide+scsi: Debian's ata_piix leaves the disk alone and storvsc drives it. Told otherwise
+# (prefer_ms_hyperv=0) ATA drives it, and the path by the VMBus reads the same disk and may not write.
+# Either way what the guest writes is on the image.
+. "$(dirname "$0")/lib.sh"
+
+# What the guest has written is on the image.
+written() {
+    e2fsck -fn disk.img || fail 'e2fsck'
+    sed -n 's/^sum: //p' console.log >sums
+    [ "$(wc -l <sums)" = 4 ] || fail "$(wc -l <sums) checksums instead of 4"
+    while read -r sum file; do
+        debugfs -R "cat $file" disk.img 2>/dev/null | sha256sum | grep -q "^$sum" ||
+            fail "$file differs"
+    done <sums
+}
+
+ide_scsi() {
+    truncate -s 64M disk.img
+    guest full "$here/23-ide-scsi.guest.sh" --cpus 2 --stats \
+        --disk path=disk.img,attach=ide+scsi,channel=1,device=0
+    healthy
+    expect 'dmi: Microsoft Corporation / Virtual Machine'
+    written
+}
+
+ide_scsi
+expect 'disks: 1, ata none, storvsc /dev/sda'
+
+rm disk.img
+KERNEL_OPTIONS='ata_piix.prefer_ms_hyperv=0' ide_scsi
+expect 'disks: 2, ata /dev/sd., storvsc /dev/sd.'
+expect 'both paths: the same'
+expect 'refused: .*[Ww]rite protected'
+expect 'unchanged'
+grep -q 'writes to it by IDE, so its writes by the VMBus are refused' partita.log ||
+    fail 'the refusal is not told'
