@@ -22,9 +22,6 @@ use crate::builtin::ExitPort;
 use crate::hosted;
 use crate::options::{PartitionOption, SynicOption};
 
-/// The address port of PCI's configuration space. Kernels look there also when there is none.
-const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
-
 /// What a machine is to have.
 #[derive(Clone)]
 pub struct MachineConfig {
@@ -253,11 +250,8 @@ impl Machine {
         let reset = Arc::new(ResetRegister::new(stop.clone()));
         let ide = if config.ide.is_empty() {
             ports.add("reset register", ResetRegister::PORT.into(), 1, reset)?;
-            // Asked for thousands of times, to find nothing.
-            partition.defer_port_writes(PCI_CONFIG_ADDRESS, 4)?;
             None
         } else {
-            // Not deferred here: that would take in the reset register too, which has to act at once.
             Some(add_pci(&mut ports, &*partition, reset, &config.ide)?)
         };
 
@@ -272,7 +266,8 @@ impl Machine {
         ports.add("i8042 command", I8042::COMMAND_PORT, 1, keyboard)?;
         ports.add("CMOS", Cmos::PORT, Cmos::PORTS, Arc::new(Cmos::default()))?;
         ports.add("POST code", 0x80, 1, Arc::new(Nothing))?;
-        // What these say matters with the next read, or never.
+        // What these say matters with the next read, or never. (PCI's address port does not belong
+        // here: the reset register lies among its bytes, and has to act at once.)
         for (port, count) in [(Cmos::PORT as u16, 1), (0x80, 1)] {
             partition.defer_port_writes(port, count)?;
         }

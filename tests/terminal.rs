@@ -2,6 +2,8 @@
 //!
 //! The guest is nine bytes of code that print a letter and halt, so that any KVM can run it.
 
+mod common;
+
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -10,6 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::has_kvm;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, tcgetattr};
@@ -19,38 +22,6 @@ const CODE: [u8; 11] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'k', 0xee, 0xf4, 0xeb, 0x
 
 /// Far longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// An ELF kernel with [`CODE`] at 16 MiB.
-fn kernel(path: &Path) {
-    const HEADERS: usize = 64 + 56;
-    const ADDRESS: u64 = 16 << 20;
-    let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
-    elf.resize(16, 0);
-    // An executable for x86-64, with one segment.
-    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    for word in [ADDRESS, 64, 0] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
-    // Loadable, readable and executable.
-    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    let length = CODE.len() as u64;
-    for word in [HEADERS as u64, ADDRESS, ADDRESS, length, length, 4096] {
-        elf.extend(word.to_le_bytes());
-    }
-    assert_eq!(elf.len(), HEADERS);
-    elf.extend(CODE);
-    fs::write(path, elf).unwrap();
-}
-
-/// Whether this host can run a guest at all.
-fn has_kvm() -> bool {
-    let there = hypervisor::kvm::open().is_ok();
-    if !there {
-        eprintln!("skipped: no KVM here");
-    }
-    there
-}
 
 fn partita(kernel: &Path, serial: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_partita"));
@@ -84,7 +55,7 @@ fn two_ctrl_c_end_the_run_and_leave_the_terminal_as_it_was() {
     }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("kernel");
-    kernel(&image);
+    common::kernel(&CODE, &image);
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&master).unwrap();
     unlockpt(&master).unwrap();
@@ -125,7 +96,7 @@ fn two_interrupts_end_a_run_without_a_terminal_whose_output_is_in_a_file() {
     }
     let folder = tempfile::tempdir().unwrap();
     let (image, log) = (folder.path().join("kernel"), folder.path().join("console.log"));
-    kernel(&image);
+    common::kernel(&CODE, &image);
     let mut child = partita(&image, &format!("file:{}", log.display()))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

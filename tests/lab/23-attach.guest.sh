@@ -5,6 +5,7 @@ by() {
         case $(readlink -f "$disk") in
         */ata[0-9]*/*) driver=ata ;;
         */00000001-0000-8899-*) driver=storvsc ;;
+        */f8b3781a-*) driver=scsi ;;
         *) driver=unknown ;;
         esac
         [ "$driver" != "$1" ] || echo "/dev/${disk##*/}"
@@ -13,6 +14,7 @@ by() {
 wait-for /dev/sda
 if grep -q prefer_ms_hyperv=0 /proc/cmdline; then
     wait-for /dev/sdb
+    wait-for /dev/sdc
 fi
 ata=$(by ata) storvsc=$(by storvsc)
 echo "dmi: $(cat /sys/class/dmi/id/sys_vendor) / $(cat /sys/class/dmi/id/product_name)"
@@ -28,6 +30,8 @@ sync
 echo 3 >/proc/sys/vm/drop_caches
 (cd /mnt && sha256sum [0-9]* | sed 's/^/sum: /')
 umount /mnt
+scsi=$(by scsi)
+[ -z "$scsi" ] || echo "scsi: $(cat "/sys/block/${scsi#/dev/}/size")"
 if [ "$ata" ]; then
     # The other path reads the same disk, and may not write to it.
     same=$(dd if="$ata" bs=64k count=64 iflag=direct 2>/dev/null | sha256sum)
