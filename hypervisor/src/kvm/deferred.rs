@@ -1,8 +1,9 @@
 //! Port writes that need no answer: KVM keeps them in a ring, without an exit, until the next exit
 //! of any processor ("coalesced" I/O in the kernel's documentation).
 //!
-//! Good for a register that only says what the next read is about, such as the address port of
-//! PCI's configuration space: a kernel that looks for devices writes it ten thousands of times.
+//! Good for a register that only says what the next access is about, such as the CMOS's index or an
+//! IDE drive's address registers. KVM looks at ports alone, so there must be no other register among
+//! the bytes of a wide one.
 
 #![allow(unsafe_code)] // The ring is a page shared with the kernel.
 
