@@ -181,7 +181,10 @@ impl Loaded {
             hyper_v,
             synthetic_timers: false,
         })?;
-        partition.set_boot_state(&boot_state)?;
+        match config.guest {
+            Guest::Linux { .. } => partition.set_boot_state(&boot_state)?,
+            Guest::Builtin { .. } => partition.set_boot_state_of_all(&boot_state)?,
+        }
         let kernel_counters = partition.kernel_counters().into_iter().map(Arc::new).collect();
         let kind = PartitionKind::Kvm(hyper_v);
         Ok(Self { partition: Box::new(partition), kind, kernel_counters })

@@ -41,9 +41,11 @@ first that writes owns the disk. A comma in a value is written twice.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N]
-  verify   [disk=N] [bytes=16M] [bs=64k] [depth=8] [seed=N]    overwrites the disk
+  verify   [disk=N] [bytes=16M] [bs=64k] [depth=8] [seed=N] [vps=1]    overwrites the disk
   bench    [disk=N] [pattern=rand|seq] [rw=read|write] [bs=4k] [depth=1] [time=1s] [spin=100us]
-Disks are counted from 0, by controller and LUN. rw=write overwrites the disk.")]
+           [vps=1]
+Disks are counted from 0, by controller and LUN. rw=write overwrites the disk. vps=N has N of the
+--cpus share the work, each with depth requests in flight on a channel of its own.")]
 pub struct Run {
     /// The kernel: a bzImage or an ELF vmlinux
     #[arg(long, value_name = "FILE", required_unless_present = "builtin")]

@@ -77,6 +77,59 @@ fn the_guest_works_on_its_disks() {
 }
 
 #[test]
+fn processors_share_the_work() {
+    if !partitions().contains(&"kvm") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let disk = format!("path={}", image(&folder, "a", 2 << 20));
+    let run = |cpus: &str, work: &str| {
+        output(&[
+            "run",
+            "--partition",
+            "kvm",
+            "--cpus",
+            cpus,
+            "--memory",
+            "64M",
+            "--disk",
+            &disk,
+            "--builtin",
+            work,
+        ])
+    };
+    // Each part is written and read by its own processor, and together they are the whole.
+    let sum = |text: &str| {
+        let (_, rest) = text.split_once(r#""checksum":""#).unwrap();
+        rest[..16].to_owned()
+    };
+    let (alone, shared) =
+        (run("1", "verify bytes=1M bs=4k"), run("3", "verify bytes=1M bs=4k vps=3"));
+    assert!(shared.contains(r#""channels":3}"#), "{shared}");
+    assert!(shared.contains(r#""bytes":1048576,"bs":4096,"depth":24,"vps":3,"#), "{shared}");
+    assert_eq!(sum(&alone), sum(&shared));
+    let text = run("8", "bench vps=8 depth=2 time=50ms");
+    assert!(text.contains(r#""depth":16,"vps":8,"#), "{text}");
+    // A processor that has nothing to do sleeps.
+    let text = run("2", "bench time=20ms");
+    assert!(text.contains(r#""depth":1,"vps":1,"#), "{text}");
+
+    let refused = partita(&["run", "--builtin", "identify", "--cpus", "9"]);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(said, "partita: the built-in guest has 1 to 8 virtual processors, not 9\n");
+}
+
+#[test]
+fn a_hosted_partition_has_one_processor() {
+    let run = ["run", "--partition", "hosted", "--builtin", "identify", "--cpus", "2"];
+    let refused = partita(&run);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(said, "partita: --cpus 2: a hosted partition has one virtual processor\n");
+}
+
+#[test]
 fn what_goes_wrong_in_the_guest_is_the_programs_status() {
     for partition in partitions() {
         for (work, status, said) in [

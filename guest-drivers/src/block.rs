@@ -6,6 +6,7 @@ use thiserror::Error;
 use vsc::storvsc::{Failure as ScsiFailure, Fault, IdentifyError, SubmitError};
 
 use crate::memory::Pages;
+use crate::storvsc::SideChannels;
 
 /// The most requests that any driver has in flight.
 pub const MAX_DEPTH: u16 = 64;
@@ -127,16 +128,16 @@ pub struct BlockCounters {
     pub signals_spared: u64,
 }
 
-/// A driver, of one disk.
+/// A driver, of one disk, for data in the memory `'m`.
 ///
 /// A turn is: submit some, publish once, poll for what has ended. A driver whose device does one
 /// thing at a time does its work where that suits it.
-pub trait BlockDriver {
+pub trait BlockDriver<'m> {
     /// The disk.
     fn identity(&self) -> &Identity;
 
     /// Takes a request. The disk learns of it by [`BlockDriver::publish`].
-    fn submit(&mut self, request: &Request<'_>) -> Result<(), BlockError>;
+    fn submit(&mut self, request: &Request<'m>) -> Result<(), BlockError>;
 
     /// Lets the disk know what was submitted.
     fn publish(&mut self);
@@ -149,4 +150,9 @@ pub trait BlockDriver {
 
     /// What has been counted.
     fn counters(&self) -> BlockCounters;
+
+    /// By what other processors can reach the same disk.
+    fn sides(&self) -> SideChannels<'m> {
+        SideChannels::NONE
+    }
 }

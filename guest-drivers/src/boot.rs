@@ -1,8 +1,9 @@
 //! What the built-in guest is told when it starts, and the ports it knows.
 //!
 //! The VMM loads the image, an ELF file, where it wants to be, puts a [`BootParameters`] page
-//! somewhere below it and starts the first processor in long mode at the image's entry, with the
-//! page's address in rsi and the first 4 GiB mapped to themselves.
+//! somewhere below it and starts all processors in long mode at the image's entry, with the
+//! page's address in rsi and the first 4 GiB mapped to themselves. Each goes by the number of its
+//! local APIC, from 0 on.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -16,6 +17,9 @@ pub const CONSOLE_PORT: u16 = 0x3f8;
 /// same port.
 pub const EXIT_PORT: u16 = 0x501;
 
+/// Virtual processors that the image has room for.
+pub const MAX_VPS: usize = 8;
+
 /// The page of parameters.
 #[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -24,7 +28,7 @@ pub struct BootParameters {
     pub magic: u64,
     /// RAM ends here, or the part of it below the hole does.
     pub memory_end: u64,
-    /// Virtual processors.
+    /// Virtual processors, at most [`MAX_VPS`].
     pub vps: u32,
     /// Bytes of `command_line` in use.
     pub command_line_len: u32,

@@ -18,6 +18,9 @@ const PATIENCE: u64 = 10_000_000_000;
 /// For so long the guest looks for a message before it sleeps.
 const SPIN: u64 = 20_000;
 
+/// Channels that may be offered: a few controllers, each with one for every processor.
+const CHANNELS: usize = 40;
+
 /// A channel of ours.
 pub type OpenChannel<'w, P> = Channel<SingleMapped<'w>, Signal<Calls<'w, P>>>;
 
@@ -55,10 +58,27 @@ pub enum BusError {
     Memory,
 }
 
+/// A channel that is open, for a processor to use.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenRings<'w> {
+    outgoing: SingleMapped<'w>,
+    incoming: SingleMapped<'w>,
+    connection: u32,
+}
+
+impl<'w> OpenRings<'w> {
+    /// The channel as the client of this processor has it. Nothing may be under way from one before.
+    pub fn channel<P: Platform>(&self, platform: &'w P) -> Result<OpenChannel<'w, P>, RingError> {
+        let doorbell = Signal { hypercalls: Calls(platform), connection: self.connection };
+        let (incoming, outgoing) = (Incoming::new(self.incoming)?, Outgoing::new(self.outgoing)?);
+        Ok(Channel::new(incoming, outgoing, doorbell))
+    }
+}
+
 /// The bus of a guest.
 pub struct Bus<'w, P> {
     platform: &'w P,
-    client: Client<16, 16>,
+    client: Client<CHANNELS, CHANNELS>,
 }
 
 impl<'w, P: Platform> Bus<'w, P> {
@@ -85,15 +105,38 @@ impl<'w, P: Platform> Bus<'w, P> {
         self.offers().filter(move |offer| offer.class == class).map(|offer| offer.relid)
     }
 
-    /// Opens channel `relid` with rings in `pages`, half for each direction.
-    pub fn open(&mut self, relid: Relid, pages: Pages<'w>) -> Result<OpenChannel<'w, P>, BusError> {
+    /// The sub-channel `number` of the device that `primary` leads to, which is being offered.
+    pub fn subchannel(&mut self, primary: Relid, number: u16) -> Result<Relid, BusError> {
+        loop {
+            let offered = self.client.subchannels(primary).find(|o| o.subchannel == number);
+            if let Some(offer) = offered {
+                return Ok(offer.relid);
+            }
+            match self.next_event()? {
+                Event::OfferDropped(_) => return Err(BusError::Memory),
+                Event::Rescinded(gone) if gone == primary => {
+                    return Err(BusError::Rescinded(primary));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Opens channel `relid` with rings in `pages`, half for each direction, and interrupts on
+    /// processor `vp`.
+    pub fn open(
+        &mut self,
+        relid: Relid,
+        pages: Pages<'w>,
+        vp: u32,
+    ) -> Result<OpenRings<'w>, BusError> {
         let platform = self.platform;
         let half = pages.count() / 2;
         let (outgoing, incoming) = pages.split(half).ok_or(BusError::Memory)?;
-        let outgoing = Outgoing::new(outgoing.ring().ok_or(BusError::Memory)?)?;
-        let incoming = Incoming::new(incoming.ring().ok_or(BusError::Memory)?)?;
+        let outgoing = outgoing.ring().ok_or(BusError::Memory)?;
+        let incoming = incoming.ring().ok_or(BusError::Memory)?;
         let offer = self.client.offer(relid).ok_or(BusError::Rescinded(relid))?;
-        let doorbell = Signal { hypercalls: Calls(platform), connection: offer.connection };
+        let connection = offer.connection;
 
         let gpadl = self.client.create_gpadl(&mut Calls(platform), relid, pages.numbers())?;
         loop {
@@ -106,7 +149,7 @@ impl<'w, P: Platform> Bus<'w, P> {
         }
         let downstream = u32::try_from(half).map_err(|_| BusError::Memory)?;
         let no_data = &[0; USER_DATA];
-        self.client.open(&mut Calls(platform), relid, gpadl, downstream, 0, no_data)?;
+        self.client.open(&mut Calls(platform), relid, gpadl, downstream, vp, no_data)?;
         loop {
             match self.next_event()? {
                 Event::Opened(opened) if opened == relid => break,
@@ -117,7 +160,7 @@ impl<'w, P: Platform> Bus<'w, P> {
                 _ => {}
             }
         }
-        Ok(Channel::new(incoming, outgoing, doorbell))
+        Ok(OpenRings { outgoing, incoming, connection })
     }
 
     /// Takes leave of the root; all memory is the guest's again after that.

@@ -42,7 +42,7 @@ pub struct PlatformCounters {
     pub interrupts: u64,
 }
 
-/// The world of one guest with one processor.
+/// The world of one guest, as one of its processors sees it.
 ///
 /// Everything works through a shared reference: several drivers have one each.
 pub trait Platform {
@@ -76,6 +76,28 @@ pub trait Platform {
 
     /// What has been counted.
     fn counters(&self) -> PlatformCounters;
+
+    /// How many processors can [work together](Platform::together). This one is number 0, and the
+    /// one that gets the root's messages.
+    fn processors(&self) -> usize {
+        1
+    }
+
+    /// Has processors 1, 2 and so on, one for each of `places`, do `work`, and this one its `own`. Each
+    /// is told its number and is given the world as it sees it; what comes out goes to its place.
+    /// Returns when all have ended. Processors that do not exist leave their places as they are.
+    fn together<R: Send, O>(
+        &self,
+        places: &mut [Option<R>],
+        work: impl Fn(usize, &Self) -> R + Sync,
+        own: impl FnOnce() -> O,
+    ) -> O
+    where
+        Self: Sized,
+    {
+        let _ = (places, work);
+        own()
+    }
 }
 
 /// A platform's hypercalls, for the clients that want them by themselves.

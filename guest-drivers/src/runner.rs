@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! {"event":"connected","bus":"vmbus","version":"5.3","offers":1}
-//! {"event":"opened","channel":1,"driver":"storvsc","controller":0,"disks":1}
+//! {"event":"opened","channel":1,"driver":"storvsc","controller":0,"disks":1,"channels":1}
 //! {"begin":"verify disk=0"}
 //! {"result":"verify","disk":0,"bytes":16777216, … }
 //! ```
@@ -11,6 +11,7 @@
 
 mod bench;
 mod flow;
+mod parts;
 mod random;
 mod verify;
 
@@ -56,6 +57,14 @@ pub enum RunError {
         /// Which was to be worked on.
         asked: u32,
         /// How many there are.
+        found: usize,
+    },
+    /// More processors than can work on the disk.
+    #[error("the disk can be worked on by {found} processors, not {asked}")]
+    Processors {
+        /// As asked for.
+        asked: u16,
+        /// As many as there are, or as have a channel to the disk.
         found: usize,
     },
     /// Too little memory for the work.
@@ -185,7 +194,7 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
     Ok(bus.unload()?)
 }
 
-fn identify(number: u32, disk: &dyn BlockDriver) -> Object {
+fn identify(number: u32, disk: &dyn BlockDriver<'_>) -> Object {
     let identity = disk.identity();
     Object::default()
         .string("result", "identify")
@@ -223,8 +232,14 @@ impl<'w, P: Platform> Disks<'w, P> {
         let places = disks.controllers.iter_mut().zip(&mut disks.units);
         for ((index, relid), (place, units)) in (0..).zip(channels).take(found).zip(places) {
             let ring = memory.take(RING_PAGES).ok_or(BusError::Memory)?;
-            let channel = bus.open(relid, ring)?;
-            let controller = place.insert(Controller::connect(platform, index, channel, memory)?);
+            let rings = bus.open(relid, ring, 0)?;
+            let controller = place.insert(Controller::connect(platform, index, rings, memory)?);
+            let channels = 1 + controller.subchannels();
+            for number in 1..channels {
+                let relid = bus.subchannel(relid, number)?;
+                let ring = memory.take(RING_PAGES).ok_or(BusError::Memory)?;
+                controller.add_subchannel(number, bus.open(relid, ring, number.into())?);
+            }
             *units = controller.units()?;
             let count = units.count_ones();
             disks.count += count as usize;
@@ -235,7 +250,8 @@ impl<'w, P: Platform> Disks<'w, P> {
                     .number("channel", relid)
                     .string("driver", "storvsc")
                     .number("controller", index)
-                    .number("disks", count),
+                    .number("disks", count)
+                    .number("channels", channels),
             );
         }
         Ok(disks)
@@ -245,7 +261,7 @@ impl<'w, P: Platform> Disks<'w, P> {
     fn with(
         &mut self,
         number: u32,
-        work: impl FnOnce(&mut dyn BlockDriver) -> Result<(), RunError>,
+        work: impl FnOnce(&mut dyn BlockDriver<'w>) -> Result<(), RunError>,
     ) -> Result<(), RunError> {
         let mut before = number;
         let found = self.count;

@@ -3,14 +3,15 @@
 use vmbus::mapped::SingleMapped;
 use vmbus::vstor::DataDirection;
 use vsc::Signal;
-use vsc::storvsc::{Command, Disk, IdentifyError, PageList, Pages as PageView, words};
-use vsc::storvsc::{Queue, Scratch};
+use vsc::storvsc::{Agreement, Command, Disk, IdentifyError, PageList, Pages as PageView, words};
+use vsc::storvsc::{Fault, Queue, Scratch};
 
 use crate::block::{
     BlockCounters, BlockDriver, BlockError, Completion, Identity, MAX_DEPTH, Name, Operation,
     Request,
 };
-use crate::bus::OpenChannel;
+use crate::boot::MAX_VPS;
+use crate::bus::OpenRings;
 use crate::memory::{PAGE, Pages};
 use crate::platform::{Calls, Platform};
 
@@ -33,7 +34,9 @@ pub struct Controller<'w, P: Platform> {
     platform: &'w P,
     index: u8,
     queue: ScsiQueue<'w, P>,
-    max_transfer: u32,
+    agreement: Agreement,
+    /// Its sub-channels, in order: for the second processor, the third, and so on.
+    sides: [Option<OpenRings<'w>>; MAX_VPS - 1],
     scratch: ScratchPage<'w>,
 }
 
@@ -63,24 +66,40 @@ fn waiting<P: Platform>(platform: &P) -> impl FnMut() -> bool {
 }
 
 impl<'w, P: Platform> Controller<'w, P> {
-    /// Takes the controller whose channel was opened into use. It needs a page, the first
-    /// of `memory`.
+    /// Takes the controller whose channel was opened into use, and asks for a sub-channel for each
+    /// other processor. It needs a page, the first of `memory`.
     pub fn connect(
         platform: &'w P,
         index: u8,
-        channel: OpenChannel<'w, P>,
+        rings: OpenRings<'w>,
         memory: &mut Pages<'w>,
     ) -> Result<Self, BlockError> {
+        let others = platform.processors().saturating_sub(1).min(MAX_VPS - 1) as u16;
+        let channel = rings.channel(platform).map_err(Fault::from)?;
         let page = memory.take(1).ok_or(BlockError::Request)?;
         let list = PageList::new(PAGE as u32, 0, page.numbers()).ok_or(BlockError::Request)?;
-        let (queue, agreement) = Queue::connect(channel, 0, waiting(platform))?;
+        let (queue, agreement) = Queue::connect(channel, others, waiting(platform))?;
         Ok(Self {
             platform,
             index,
             queue,
-            max_transfer: agreement.max_transfer.min((TRANSFER_PAGES * PAGE) as u32),
+            agreement,
+            sides: [None; MAX_VPS - 1],
             scratch: ScratchPage { page, list },
         })
+    }
+
+    /// How many sub-channels are being offered.
+    pub fn subchannels(&self) -> u16 {
+        self.agreement.subchannels
+    }
+
+    /// Has sub-channel `number`, from 1 on, for the processor of that number.
+    pub fn add_subchannel(&mut self, number: u16, rings: OpenRings<'w>) {
+        let place = usize::from(number).checked_sub(1).and_then(|index| self.sides.get_mut(index));
+        if let Some(place) = place {
+            *place = Some(rings);
+        }
     }
 
     /// Which units are there, by REPORT LUNS: bit `n` for unit `n`.
@@ -129,29 +148,72 @@ impl<'w, P: Platform> Controller<'w, P> {
             block_size: disk.block_size,
             physical_block_size: disk.physical_block_size,
             blocks: disk.blocks,
-            max_transfer: self.max_transfer,
+            max_transfer: self.agreement.max_transfer.min((TRANSFER_PAGES * PAGE) as u32),
             max_depth: MAX_DEPTH,
         };
         self.queue.wake();
-        Ok(Some(StorvscDisk { controller: self, identity }))
+        let sides = SideChannels {
+            rings: self.sides,
+            agreement: Some(self.agreement),
+            identity: Some(identity),
+        };
+        let Self { platform, queue, .. } = self;
+        Ok(Some(StorvscDisk { platform: *platform, queue, identity, sides }))
     }
 }
 
-/// A disk of a controller, in use.
-pub struct StorvscDisk<'c, 'w, P: Platform> {
-    controller: &'c mut Controller<'w, P>,
-    identity: Identity,
+/// The channels by which processors other than the first reach a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct SideChannels<'w> {
+    rings: [Option<OpenRings<'w>>; MAX_VPS - 1],
+    agreement: Option<Agreement>,
+    identity: Option<Identity>,
 }
 
-impl<P: Platform> BlockDriver for StorvscDisk<'_, '_, P> {
+impl<'w> SideChannels<'w> {
+    /// Of a disk that only the first processor reaches.
+    pub const NONE: Self = Self { rings: [None; MAX_VPS - 1], agreement: None, identity: None };
+
+    /// For how many processors there is one.
+    pub fn count(&self) -> usize {
+        self.rings.iter().map_while(Option::as_ref).count()
+    }
+
+    /// Lets `work` have the disk on processor `index`, which this is and whose `platform` it is.
+    pub fn with_disk<P: Platform, R>(
+        self,
+        index: usize,
+        platform: &'w P,
+        work: impl FnOnce(&mut dyn BlockDriver<'w>) -> R,
+    ) -> Result<R, BlockError> {
+        let rings = index.checked_sub(1).and_then(|index| self.rings.get(index).copied().flatten());
+        let (Some(rings), Some(agreement), Some(identity)) = (rings, self.agreement, self.identity)
+        else {
+            return Err(BlockError::Request);
+        };
+        let channel = rings.channel(platform).map_err(Fault::from)?;
+        let mut queue = ScsiQueue::subchannel(channel, &agreement);
+        queue.wake();
+        Ok(work(&mut StorvscDisk { platform, queue: &mut queue, identity, sides: Self::NONE }))
+    }
+}
+
+/// A disk of a controller, in use by one processor.
+pub struct StorvscDisk<'c, 'w, P: Platform> {
+    platform: &'w P,
+    queue: &'c mut ScsiQueue<'w, P>,
+    identity: Identity,
+    sides: SideChannels<'w>,
+}
+
+impl<'w, P: Platform> BlockDriver<'w> for StorvscDisk<'_, 'w, P> {
     fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    fn submit(&mut self, request: &Request<'_>) -> Result<(), BlockError> {
+    fn submit(&mut self, request: &Request<'w>) -> Result<(), BlockError> {
         let Request { slot, operation, block, blocks, data } = *request;
-        let lun = self.identity.lun;
-        let queue = &mut self.controller.queue;
+        let (lun, queue) = (self.identity.lun, &mut *self.queue);
         let command = match operation {
             Operation::Read => Command::read(lun, block, blocks),
             Operation::Write => Command::write(lun, block, blocks),
@@ -166,15 +228,14 @@ impl<P: Platform> BlockDriver for StorvscDisk<'_, '_, P> {
     }
 
     fn publish(&mut self) {
-        self.controller.queue.publish();
+        self.queue.publish();
     }
 
     fn poll(&mut self, ended: &mut dyn FnMut(Completion)) -> Result<usize, BlockError> {
-        let queue = &mut self.controller.queue;
-        if !queue.has_data() {
+        if !self.queue.has_data() {
             return Ok(0);
         }
-        let count = queue.poll(|completion| {
+        let count = self.queue.poll(|completion| {
             ended(Completion {
                 slot: completion.slot,
                 outcome: completion.outcome.map_err(Into::into),
@@ -184,15 +245,18 @@ impl<P: Platform> BlockDriver for StorvscDisk<'_, '_, P> {
     }
 
     fn sleep(&mut self) {
-        let Controller { platform, queue, .. } = &mut *self.controller;
-        if queue.rest() {
-            platform.idle();
+        if self.queue.rest() {
+            self.platform.idle();
         }
-        queue.wake();
+        self.queue.wake();
     }
 
     fn counters(&self) -> BlockCounters {
-        let counters = self.controller.queue.counters();
+        let counters = self.queue.counters();
         BlockCounters { signals: counters.signals, signals_spared: counters.signals_spared }
+    }
+
+    fn sides(&self) -> SideChannels<'w> {
+        self.sides
     }
 }

@@ -10,6 +10,7 @@
 use thiserror::Error;
 
 use crate::block::MAX_DEPTH;
+use crate::boot::MAX_VPS;
 
 /// The longest transfer that can be asked for.
 const MAX_BLOCK: u64 = 128 << 10;
@@ -41,6 +42,8 @@ pub struct Verify {
     pub depth: u16,
     /// What the pattern begins with.
     pub seed: u64,
+    /// Processors that share the work, each with so many requests in flight.
+    pub vps: u16,
 }
 
 /// Settings of `bench`.
@@ -60,6 +63,8 @@ pub struct Bench {
     pub time: u64,
     /// Nanoseconds for which the guest looks for an answer before it sleeps.
     pub spin: u64,
+    /// Processors that share the work, each with so many requests in flight.
+    pub vps: u16,
 }
 
 /// An order of blocks.
@@ -134,8 +139,8 @@ pub enum WorkError<'a> {
     },
 }
 
-const VERIFY_KEYS: &str = "disk, bytes, bs, depth, seed";
-const BENCH_KEYS: &str = "disk, pattern, rw, bs, depth, time, spin";
+const VERIFY_KEYS: &str = "disk, bytes, bs, depth, seed, vps";
+const BENCH_KEYS: &str = "disk, pattern, rw, bs, depth, time, spin, vps";
 
 /// The tasks of `line`, in order.
 pub fn parse(line: &str) -> impl Iterator<Item = Result<Work, WorkError<'_>>> {
@@ -176,8 +181,14 @@ fn identify<'a>(
 fn verify<'a>(
     settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
 ) -> Result<Work, WorkError<'a>> {
-    let mut verify =
-        Verify { disk: 0, bytes: 16 << 20, bs: 64 << 10, depth: 8, seed: 0x5061_7274_6974_6121 };
+    let mut verify = Verify {
+        disk: 0,
+        bytes: 16 << 20,
+        bs: 64 << 10,
+        depth: 8,
+        seed: 0x5061_7274_6974_6121,
+        vps: 1,
+    };
     for setting in settings {
         let setting = setting?;
         match setting.key {
@@ -186,6 +197,7 @@ fn verify<'a>(
             "bs" => verify.bs = setting.block()?,
             "depth" => verify.depth = setting.depth()?,
             "seed" => verify.seed = setting.size(0..=u64::MAX, "a number")?,
+            "vps" => verify.vps = setting.vps()?,
             _ => return Err(setting.unknown("verify", VERIFY_KEYS)),
         }
     }
@@ -203,6 +215,7 @@ fn bench<'a>(
         depth: 1,
         time: 1_000_000_000,
         spin: 100_000,
+        vps: 1,
     };
     for setting in settings {
         let setting = setting?;
@@ -218,6 +231,7 @@ fn bench<'a>(
             ("depth", _) => bench.depth = setting.depth()?,
             ("time", _) => bench.time = setting.time("a time such as 500ms, up to 3600s")?,
             ("spin", _) => bench.spin = setting.time("a time such as 100us")?,
+            ("vps", _) => bench.vps = setting.vps()?,
             _ => return Err(setting.unknown("bench", BENCH_KEYS)),
         }
     }
@@ -285,9 +299,15 @@ impl<'a> Setting<'a> {
             .filter(|depth| (1..=MAX_DEPTH).contains(depth))
             .ok_or_else(|| self.impossible("1 to 64"))
     }
+
+    fn vps(self) -> Result<u16, WorkError<'a>> {
+        let vps = self.value.parse().ok();
+        vps.filter(|vps| (1..=MAX_VPS).contains(&usize::from(*vps)))
+            .ok_or_else(|| self.impossible("1 to 8"))
+    }
 }
 
-const _: () = assert!(MAX_DEPTH == 64, "the message says so");
+const _: () = assert!(MAX_DEPTH == 64 && MAX_VPS == 8, "the messages say so");
 
 #[cfg(test)]
 mod tests {
@@ -300,7 +320,7 @@ mod tests {
 
     #[test]
     fn a_line_with_everything() {
-        let line = " identify; identify disk=2 ;verify disk=1 bytes=1M bs=512 depth=2 seed=7;\
+        let line = " identify; identify disk=2 ;verify disk=1 bytes=1M bs=512 depth=2 seed=7 vps=3;\
                     bench pattern=seq rw=write bs=128k depth=64 time=2s spin=0us disk=3;";
         let works: Vec<_> = parse(line).collect::<Result<_, _>>().unwrap();
         assert_eq!(
@@ -308,7 +328,14 @@ mod tests {
             [
                 Work::Identify { disk: None },
                 Work::Identify { disk: Some(2) },
-                Work::Verify(Verify { disk: 1, bytes: 1 << 20, bs: 512, depth: 2, seed: 7 }),
+                Work::Verify(Verify {
+                    disk: 1,
+                    bytes: 1 << 20,
+                    bs: 512,
+                    depth: 2,
+                    seed: 7,
+                    vps: 3
+                }),
                 Work::Bench(Bench {
                     disk: 3,
                     pattern: Pattern::Sequential,
@@ -317,6 +344,7 @@ mod tests {
                     depth: 64,
                     time: 2_000_000_000,
                     spin: 0,
+                    vps: 1,
                 }),
             ]
         );
@@ -338,6 +366,7 @@ mod tests {
             "bs=5000 is not possible; bs is a multiple of 512 up to 128k"
         );
         assert_eq!(refusal("bench depth=65"), "depth=65 is not possible; depth is 1 to 64");
+        assert_eq!(refusal("verify vps=9"), "vps=9 is not possible; vps is 1 to 8");
         assert_eq!(
             refusal("bench time=5"),
             "time=5 is not possible; time is a time such as 500ms, up to 3600s"

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use backends::block::BlockErrorKind;
+use backends::block::{BlockErrorKind, Operation};
 use backends::ram::RamDisk;
 use backends::testing::{FaultyDisk, Rule};
 use common::{Guest, Root, World};
@@ -17,19 +17,25 @@ use vsp::storvsp::ControllerBuilder;
 
 /// Runs `work` with these disks on controllers of their own; returns the status and the lines.
 fn run(disks: &[&[Arc<dyn backends::block::Disk>]], work: &str) -> (u32, Vec<String>) {
+    run_on(1, disks, work)
+}
+
+/// The same with so many processors.
+fn run_on(vps: u32, disks: &[&[Arc<dyn backends::block::Disk>]], work: &str) -> (u32, Vec<String>) {
     let memory = GuestMemory::new(16 << 20).unwrap();
-    let world = World::new();
+    let world = World::new(vps as usize);
     let devices = (0..).zip(disks).map(|(controller, disks)| {
         let mut builder = ControllerBuilder::new(controller);
         for disk in *disks {
             builder.attach(None, Arc::clone(disk)).unwrap();
         }
-        Box::new(builder.build(1)) as Box<dyn Device>
+        Box::new(builder.build(vps)) as Box<dyn Device>
     });
     let root = Arc::new(Root(Arc::clone(&world)));
-    let host = Host::new(memory.clone(), root, 1, devices.collect()).unwrap();
+    let host = Host::new(memory.clone(), root, vps, devices.collect()).unwrap();
     let sink = host.sink();
-    let guest = Guest { world, memory, sink, started: Instant::now(), lines: Mutex::default() };
+    let guest =
+        Guest { world, vp: 0, memory, sink, started: Instant::now(), lines: Mutex::default() };
     let status = runner::run(&guest, work);
     (status, guest.lines.into_inner().unwrap())
 }
@@ -48,7 +54,7 @@ fn all_work_is_done_and_reported() {
         lines[..3],
         [
             r#"{"event":"connected","bus":"vmbus","version":"5.3","offers":1}"#,
-            r#"{"event":"opened","channel":1,"driver":"storvsc","controller":0,"disks":1}"#,
+            r#"{"event":"opened","channel":1,"driver":"storvsc","controller":0,"disks":1,"channels":1}"#,
             r#"{"begin":"identify"}"#,
         ]
     );
@@ -72,6 +78,55 @@ fn a_pattern_is_where_it_should_be_and_nowhere_else() {
     let words: HashSet<_> = written.chunks(8).collect();
     assert_eq!(words.len(), written.len() / 8, "a word of the pattern comes twice");
     assert!(rest.iter().all(|byte| *byte == 0));
+}
+
+/// The value of a field that is text.
+fn text_of<'a>(line: &'a str, key: &str) -> &'a str {
+    let (_, rest) = line.split_once(&format!(r#""{key}":""#)).unwrap();
+    rest.split('"').next().unwrap()
+}
+
+#[test]
+fn processors_share_the_work_by_channels_of_their_own() {
+    let disk = ram(4);
+    let work = "verify bytes=2M bs=16k vps=3; verify bytes=2M bs=16k vps=1; verify bytes=2M bs=16k vps=3;\
+                bench vps=3 depth=4 time=20ms; bench vps=2 pattern=seq time=20ms";
+    let (status, lines) = run_on(3, &[&[Arc::clone(&disk)], &[ram(1)]], work);
+    assert_eq!(status, status::DONE, "{lines:#?}");
+    for (line, controller) in lines[1..3].iter().zip(0..) {
+        let opened = format!(r#""controller":{controller},"disks":1,"channels":3}}"#);
+        assert!(line.contains(&opened), "{line}");
+    }
+    let results: Vec<_> = lines.iter().filter(|line| line.contains("\"result\"")).collect();
+    for (line, vps) in results.iter().zip([3, 1, 3]) {
+        assert!(line.contains(r#""bytes":2097152,"bs":16384,"#), "{line}");
+        assert!(line.contains(&format!(r#""depth":{},"vps":{vps},"#, 8 * vps)), "{line}");
+        assert_eq!(text_of(line, "checksum"), text_of(results[0], "checksum"));
+    }
+    assert!(results[3].contains(r#""depth":12,"vps":3,"#), "{}", results[3]);
+    assert!(results[4].contains(r#""depth":2,"vps":2,"#), "{}", results[4]);
+}
+
+#[test]
+fn work_for_processors_that_are_not_there_is_refused() {
+    for (vps, asked) in [(1, 2), (3, 4)] {
+        let (status, lines) = run_on(vps, &[&[ram(1)]], &format!("bench vps={asked}"));
+        assert_eq!(status, status::FAILED);
+        let error = format!("the disk can be worked on by {vps} processors, not {asked}");
+        assert!(lines.last().unwrap().contains(&error), "{lines:#?}");
+    }
+}
+
+#[test]
+fn a_failure_on_any_processor_is_told() {
+    // Places are dealt out in turns, so this one is the second processor's.
+    let broken = FaultyDisk::new(ram(1));
+    let write = Operation::Write { fua: false };
+    broken.set_rules(vec![Rule::fail(16384..16385, BlockErrorKind::Io).only(write)]);
+    let (status, lines) = run_on(2, &[&[Arc::new(broken)]], "verify bs=16k bytes=1M vps=2");
+    assert_eq!(status, status::FAILED);
+    let error = "the write of block 32 failed";
+    assert!(lines.last().unwrap().contains(error), "{lines:#?}");
 }
 
 #[test]
@@ -113,9 +168,7 @@ fn what_a_disk_refuses_is_told() {
     assert!(error.ends_with("with sense 7/27/00"), "{error}");
 
     let broken = FaultyDisk::new(ram(1));
-    broken.set_rules(vec![
-        Rule::fail(8192..8193, BlockErrorKind::Io).only(backends::block::Operation::Read),
-    ]);
+    broken.set_rules(vec![Rule::fail(8192..8193, BlockErrorKind::Io).only(Operation::Read)]);
     let error = failure(Arc::new(broken), "verify bytes=64k bs=4k");
     assert!(error.starts_with("the read of block 16 failed: the unit refused"), "{error}");
 

@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 
-use guest_drivers::boot::{BootParameters, IMAGE_START};
+use guest_drivers::boot::{BootParameters, IMAGE_START, MAX_VPS};
 use hypervisor::{BootState, DOORBELL_PORT, Gpa, GuestMemory, MemoryError, layout};
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::GuestAddress;
@@ -38,14 +38,20 @@ pub enum BuiltinError {
     /// The memory is too small for the image.
     #[error("the built-in guest does not fit into {0} bytes of memory")]
     TooSmall(u64),
+    /// More processors than the image has room for.
+    #[error("the built-in guest has 1 to {MAX_VPS} virtual processors, not {0}")]
+    VpCount(u32),
     /// No memory where tables should go.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
 impl BuiltinBoot<'_> {
-    /// Puts everything into `memory`, and says where the first processor starts.
+    /// Puts everything into `memory`, and says where the processors start, all of them at once.
     pub fn load(&self, memory: &GuestMemory) -> Result<BootState, BuiltinError> {
+        if !(1..=MAX_VPS).contains(&(self.vps as usize)) {
+            return Err(BuiltinError::VpCount(self.vps));
+        }
         let line = self.command_line;
         let memory_end = memory.size().min(layout::HOLE_START.0);
         let mut parameters = BootParameters::new(memory_end, self.vps, line)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The built-in guest, by a KVM that has Hyper-V support: it works on two disks by the kernel's
-# interface and by ours, a write that must fail is told, and the demo is whole,
-# without KVM too.
+# interface and by ours, with two processors too, a write that must fail is told, and the demo is
+# whole, without KVM too.
 . "$(dirname "$0")/lib.sh"
 
 truncate -s 32M first.img
@@ -14,6 +14,13 @@ for synic in kernel user; do
     expect '"disk":1,"driver":"storvsc","controller":1,"lun":3,'
     expect '"result":"verify","disk":1,"bytes":8388608,'
     expect '"result":"bench","disk":0,'
+    refute '"error"'
+    partita run --synic $synic --memory 64M --cpus 2 \
+        --builtin 'verify bytes=8M; verify bytes=8M vps=2; bench vps=2 depth=8 time=200ms' \
+        --disk path=first.img </dev/null | tee console.log
+    expect '"disks":1,"channels":2'
+    [ "$(grep -o '"checksum":"[0-9a-f]*"' console.log | uniq | wc -l)" = 1 ] || fail 'other checksums'
+    expect '"result":"bench","disk":0,.*"depth":16,"vps":2,'
     refute '"error"'
 done
 

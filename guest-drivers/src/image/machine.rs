@@ -7,14 +7,14 @@ use core::cell::Cell;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-use guest_drivers::boot::BootParameters;
+use guest_drivers::boot::{BootParameters, MAX_VPS};
 use guest_drivers::memory::{PAGE, Pages};
 use guest_drivers::platform::{Message, Platform, PlatformCounters};
 use vmbus::client::HvStatus;
 
-use super::console;
 use super::supervisor::{self, SINT_VECTOR};
 use super::tables::symbol;
+use super::{area, console, team};
 
 /// Synthetic registers (TLFS, "Synthetic MSRs").
 mod msr {
@@ -49,12 +49,14 @@ struct PostMessage {
     payload: [u8; Message::ROOM],
 }
 
-/// The processor, and what it shares with the hypervisor.
+/// A processor, and what it shares with the hypervisor.
 pub(crate) struct Machine {
     memory: Pages<'static>,
     messages: NonNull<u8>,
     events: NonNull<u8>,
     interrupts: NonNull<AtomicU64>,
+    /// How many there are.
+    processors: usize,
     /// Where signals go without a hypercall; 0 is nowhere.
     doorbell_port: u16,
     halts: Cell<u64>,
@@ -64,8 +66,9 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Switches on what the hypervisor offers. To be called once.
-    pub(crate) fn new(parameters: &BootParameters) -> Result<Self, &'static str> {
+    /// Switches on what the hypervisor offers the processor `index`, which this is. To be called once
+    /// on each, on the first before all others.
+    pub(crate) fn new(parameters: &BootParameters, index: usize) -> Result<Self, &'static str> {
         let [b, c, d] = supervisor::cpuid(0x4000_0000);
         if [b, c, d].map(u32::to_le_bytes).as_flattened() != b"Microsoft Hv" {
             return Err("the hypervisor has no Hyper-V interface");
@@ -74,32 +77,39 @@ impl Machine {
         if !(1_000_000..1 << 40).contains(&frequency) {
             return Err("the hypervisor does not say how fast the time stamp counter is");
         }
-        let (hypercalls, messages) = (symbol!("hypercall_page"), symbol!("message_page"));
-        let (events, interrupts) = (symbol!("event_page"), symbol!("interrupts"));
-        for (index, value) in [
-            (msr::GUEST_OS_ID, GUEST_OS_ID),
-            (msr::HYPERCALL, hypercalls | 1),
+        let area = area::of(index);
+        let (messages, events) = (area + area::MESSAGES as u64, area + area::EVENTS as u64);
+        if index == 0 {
+            let registers =
+                [(msr::GUEST_OS_ID, GUEST_OS_ID), (msr::HYPERCALL, symbol!("hypercall_page") | 1)];
+            for (register, value) in registers {
+                // SAFETY: the page is there for just that.
+                unsafe { supervisor::write_msr(register, value) };
+            }
+        }
+        for (register, value) in [
             (msr::SIMP, messages | 1),
             (msr::SIEFP, events | 1),
             (msr::SCONTROL, 1),
             (msr::SINT0 + SINT, SINT_VECTOR.into()),
         ] {
             // SAFETY: the pages are there for just that.
-            unsafe { supervisor::write_msr(index, value) };
+            unsafe { supervisor::write_msr(register, value) };
         }
 
         let start = symbol!("image_end");
         let pages = parameters.memory_end.saturating_sub(start) as usize / PAGE;
         let pointer =
             |address: u64| NonNull::new(address as *mut u8).ok_or("the image lies at address 0");
-        // SAFETY: behind the image there is RAM up to its end, mapped where it is, which nothing
-        // else uses; this is called once.
+        // SAFETY: behind the image there is RAM up to its end, mapped where it is, to which nothing
+        // else refers; what processors know of it besides their own, they know as atomics.
         let memory = unsafe { Pages::new(pointer(start)?, start / PAGE as u64, pages) };
         Ok(Self {
             memory,
             messages: pointer(messages)?,
             events: pointer(events)?,
-            interrupts: pointer(interrupts)?.cast(),
+            interrupts: pointer(area + area::INTERRUPTS as u64)?.cast(),
+            processors: (parameters.vps as usize).min(MAX_VPS),
             doorbell_port: u16::try_from(parameters.doorbell_port).unwrap_or(0),
             halts: Cell::new(0),
             start: time_stamp(),
@@ -195,6 +205,19 @@ impl Platform for Machine {
 
     fn line(&self, text: &str) {
         console::line(format_args!("{text}"));
+    }
+
+    fn processors(&self) -> usize {
+        self.processors
+    }
+
+    fn together<R: Send, O>(
+        &self,
+        places: &mut [Option<R>],
+        work: impl Fn(usize, &Self) -> R + Sync,
+        own: impl FnOnce() -> O,
+    ) -> O {
+        team::together(self, places, work, own)
     }
 
     fn counters(&self) -> PlatformCounters {

@@ -7,11 +7,13 @@
 #![no_std]
 #![no_main]
 
+mod area;
 mod builtins;
 mod console;
 mod machine;
 mod supervisor;
 mod tables;
+mod team;
 
 use core::fmt::Display;
 use core::panic::PanicInfo;
@@ -30,14 +32,22 @@ mod status {
     pub(super) const EXCEPTION: u32 = 102;
 }
 
-/// The first Rust code, at CPL 3 on a stack of its own.
-extern "sysv64" fn main(parameters: &'static BootParameters) -> ! {
-    tables::fill();
+/// The first Rust code, on each processor, at CPL 3 on a stack of its own.
+extern "sysv64" fn main(parameters: &'static BootParameters, processor: usize) -> ! {
+    if processor > 0 {
+        team::wait_for_first();
+    } else {
+        tables::fill();
+    }
     let Some(work) = parameters.command_line() else {
         fail(status::NO_MACHINE, "the boot parameters are not what this image expects");
     };
-    match Machine::new(parameters) {
-        Ok(machine) => supervisor::exit(runner::run(&machine, work)),
+    match Machine::new(parameters, processor) {
+        Ok(machine) if processor > 0 => team::serve(processor, &machine),
+        Ok(machine) => {
+            team::gather(&machine);
+            supervisor::exit(runner::run(&machine, work))
+        }
         Err(what) => fail(status::NO_MACHINE, what),
     }
 }

@@ -12,8 +12,11 @@
 #![allow(unsafe_code)] // Assembly, and the calls into it.
 
 use core::arch::{asm, global_asm};
+use core::sync::atomic::{Ordering, fence};
 
-use guest_drivers::boot::EXIT_PORT;
+use guest_drivers::boot::{EXIT_PORT, MAX_VPS};
+
+use super::area;
 
 /// Selectors, those for CPL 3 with their privilege level.
 pub(crate) const CODE0: u16 = 0x08;
@@ -21,21 +24,30 @@ const CODE3: u16 = 0x23;
 const DATA3: u16 = 0x1b;
 const TSS: u16 = 0x28;
 
-/// The vector of the VMBus's SINT.
+/// The vector of the VMBus's SINT, and that by which processors wake one another.
 pub(crate) const SINT_VECTOR: u8 = 0x30;
 /// The local APIC's vector for interrupts that went away; its low four bits are ones.
 pub(crate) const SPURIOUS_VECTOR: u8 = 0x3f;
 
-const STACK_SIZE: usize = 256 << 10;
-const SMALL_STACK_SIZE: usize = 16 << 10;
+/// The local APIC's interrupt command register, as x2APIC has it.
+const ICR: u32 = 0x830;
 
 global_asm!(
     r#"
     .section .text.start, "ax"
     .globl start
-start:                                  # rsi: the boot parameters
-    mov rdi, rsi
-    lea rsp, [rip + supervisor_stack_end]
+start:                                  # rsi: the boot parameters; all processors come here
+    mov eax, 1
+    cpuid
+    shr ebx, 24                         # the local APIC's number
+    cmp ebx, {processors}
+    jae surplus
+    mov r12d, ebx
+    mov eax, ebx
+    imul rax, rax, {area}
+    lea r13, [rip + areas]
+    add r13, rax
+    lea rsp, [r13 + {supervisor_stack_end}]
     mov rax, cr0
     and eax, 0xfffffffb                 # EM off: there is an FPU
     or eax, 2                           # MP
@@ -46,14 +58,19 @@ start:                                  # rsi: the boot parameters
     lea rax, [rip + page_map]
     mov cr3, rax
 
-    lea rax, [rip + task_state]         # its base goes into its descriptor in pieces
-    mov [rip + gdt + {tss} + 2], ax
+    mov ebx, r12d                       # each has a descriptor for its task state,
+    shl ebx, 4
+    add ebx, {tss}
+    lea rcx, [rip + gdt]
+    add rcx, rbx
+    lea rax, [r13 + {task_state}]       # whose base goes into it in pieces
+    mov [rcx + 2], ax
     shr rax, 16
-    mov [rip + gdt + {tss} + 4], al
-    mov [rip + gdt + {tss} + 7], ah
+    mov [rcx + 4], al
+    mov [rcx + 7], ah
     lgdt [rip + gdt_pointer]
     lidt [rip + idt_pointer]
-    mov eax, {tss}
+    mov eax, ebx
     ltr ax
 
     mov ecx, 0x1b                       # APIC base: x2APIC on
@@ -65,14 +82,20 @@ start:                                  # rsi: the boot parameters
     xor edx, edx
     wrmsr
 
+    mov rdi, rsi
+    mov esi, r12d
     push {data3}
-    lea rax, [rip + user_stack_end - 8]
+    lea rax, [r13 + {user_stack_end} - 8]
     push rax
     push 2                              # flags: none
     push {code3}
     lea rax, [rip + {main}]
     push rax
     iretq
+
+surplus:                                # there is no area for this processor
+    hlt
+    jmp surplus
 
     .section .text, "ax"
 supervisor_call:
@@ -135,7 +158,9 @@ supervisor_interrupt:
     push rax
     push rcx
     push rdx
-    inc qword ptr [rip + interrupts]
+    mov rax, rsp
+    and rax, -{area}
+    inc qword ptr [rax + {interrupts}]
     mov ecx, 0x80b
     xor eax, eax
     xor edx, edx
@@ -166,9 +191,11 @@ supervisor_fault:
     pop rsi
     pop rdx
     mov rcx, cr2
-    lea rsp, [rip + supervisor_stack_end]
+    mov rax, rsp
+    and rax, -{area}
+    lea rsp, [rax + {supervisor_stack_end}]
+    lea rax, [rax + {user_stack_end} - 8]
     push {data3}
-    lea rax, [rip + user_stack_end - 8]
     push rax
     push 2
     push {code3}
@@ -184,8 +211,10 @@ gdt:
     .quad 0x00cf93000000ffff
     .quad 0x00cff3000000ffff            # data and code of CPL 3
     .quad 0x00affb000000ffff
-    .quad 0x0000890000000088            # task state, whose base is filled in
-    .quad 0
+    .rept {processors}
+        .quad 0x0000890000000000 + {task_state_size} - 1    # task state, whose base is filled in
+        .quad 0
+    .endr
 gdt_pointer:
     .word . - gdt - 1
     .quad gdt
@@ -216,25 +245,14 @@ page_directories:
     .globl hypercall_page
 hypercall_page:
     .skip 4096
-    .globl message_page
-message_page:
-    .skip 4096
-    .globl event_page
-event_page:
-    .skip 4096
-    .skip {stack}
-user_stack_end:
-    .skip {small_stack}
-supervisor_stack_end:
-    .skip {small_stack}
-    .globl interrupt_stack_end
-interrupt_stack_end:
-    .globl interrupts
-interrupts:
-    .skip 8
-    .globl task_state
-task_state:
-    .skip 104 + 33
+
+    .section .areas, "aw", @nobits
+    .balign 4096
+    .globl area_size
+    .set area_size, {area}
+    .globl areas
+areas:
+    .skip {processors} * {area}
 "#,
     main = sym super::main,
     fault = sym super::fault,
@@ -244,8 +262,13 @@ task_state:
     gates = const super::tables::GATES,
     idt = sym super::tables::IDT,
     spurious = const SPURIOUS_VECTOR,
-    stack = const STACK_SIZE,
-    small_stack = const SMALL_STACK_SIZE,
+    processors = const MAX_VPS,
+    area = const area::SIZE,
+    task_state = const area::TASK_STATE,
+    task_state_size = const area::TASK_STATE_SIZE,
+    interrupts = const area::INTERRUPTS,
+    user_stack_end = const area::USER_STACK_END,
+    supervisor_stack_end = const area::SUPERVISOR_STACK_END,
 );
 
 /// Calls a routine. Its arguments are in rdi, rsi and rdx, its results in rax and rdx.
@@ -298,6 +321,16 @@ pub(crate) unsafe fn hypercall(control: u64, input: u64) -> u64 {
 /// Halts until an interrupt comes, or has come since the last time.
 pub(crate) fn idle() {
     call!("supervisor_idle", 0u64, 0u64, 0u64);
+}
+
+/// Interrupts another processor, so that its [`idle`] returns.
+pub(crate) fn wake(processor: usize) {
+    const LEVEL_ASSERT: u64 = 1 << 14;
+    let command = (processor as u64) << 32 | LEVEL_ASSERT | u64::from(SINT_VECTOR);
+    // What was written for it has to be there when it looks: the register orders nothing.
+    fence(Ordering::SeqCst);
+    // SAFETY: sends an interrupt, which writes to no memory but the other's count and stack.
+    unsafe { write_msr(ICR, command) };
 }
 
 /// Writes a string to a port, byte by byte.

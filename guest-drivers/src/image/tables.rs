@@ -1,10 +1,14 @@
-//! What the processor looks up when it is interrupted: gates, and stacks in the task state. It
-//! knows where they are from the start; they are filled at CPL 3, before anything can need them.
+//! What processors look up when they are interrupted: gates, and stacks in each one's task state.
+//! They know where these are from the start; the first fills them at CPL 3, before anything can need
+//! them.
 
 #![allow(unsafe_code)] // Memory that the processor reads, and addresses of what assembly defines.
 
 use core::cell::UnsafeCell;
 
+use guest_drivers::boot::MAX_VPS;
+
+use super::area;
 use super::supervisor::{CODE0, SINT_VECTOR, SPURIOUS_VECTOR};
 
 /// Gates: the exceptions, and vectors up to the spurious interrupt's.
@@ -42,13 +46,16 @@ pub(crate) fn fill() {
     // The task state (SDM volume 3, 8.7, "Task management in 64-bit mode"): RSP0 at 4, the stack of
     // calls; IST1 at 36, that of exceptions and interrupts, which may come while a call halts. What
     // the I/O privilege level would allow some KVMs forget; the map of ports they do not.
-    let task_state = symbol!("task_state") as *mut u8;
-    let map = 104_u16;
-    let ports = 0x100 / 8; // zeros, for "allowed"
-    put(task_state, 4, symbol!("supervisor_stack_end"));
-    put(task_state, 36, symbol!("interrupt_stack_end"));
-    put(task_state, 102, map);
-    put(task_state, usize::from(map) + ports, 0xff_u8); // the processor wants a byte of ones
+    for index in 0..MAX_VPS {
+        let area = area::of(index);
+        let task_state = (area + area::TASK_STATE as u64) as *mut u8;
+        let map = 104_u16;
+        let ports = 0x100 / 8; // zeros, for "allowed"
+        put(task_state, 4, area + area::SUPERVISOR_STACK_END as u64);
+        put(task_state, 36, area + area::INTERRUPT_STACK_END as u64);
+        put(task_state, 102, map);
+        put(task_state, usize::from(map) + ports, 0xff_u8); // the processor wants a byte of ones
+    }
 
     let exceptions = symbol!("supervisor_exceptions");
     // SAFETY: this is the only reference ever, and the processor looks there when it must.

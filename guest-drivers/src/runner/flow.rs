@@ -15,7 +15,7 @@ const PATIENCE: u64 = 60_000_000_000;
 /// Requests, their memory, and the disk they go to.
 pub(super) struct Flow<'a, 'w, P> {
     platform: &'a P,
-    disk: &'a mut dyn BlockDriver,
+    disk: &'a mut dyn BlockDriver<'w>,
     /// One buffer for each request.
     memory: Pages<'w>,
     bs: u32,
@@ -34,7 +34,7 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
     /// Requests of `bs` bytes, `depth` of them at a time or as many as the driver takes.
     pub(super) fn new(
         platform: &'a P,
-        disk: &'a mut dyn BlockDriver,
+        disk: &'a mut dyn BlockDriver<'w>,
         memory: Pages<'w>,
         bs: u32,
         depth: u16,

@@ -7,6 +7,7 @@ use core::sync::atomic::Ordering;
 
 use super::RunError;
 use super::flow::Flow;
+use super::parts::{Part, share};
 use super::random::mixed;
 use crate::block::{BlockDriver, Operation};
 use crate::json::Object;
@@ -17,14 +18,49 @@ use crate::work::Verify;
 /// How long to look for an answer before sleeping.
 const SPIN: u64 = 100_000;
 
+/// What a processor has found, or several together.
+#[derive(Clone, Copy, Debug, Default)]
+struct Figures {
+    depth: u32,
+    places: u64,
+    checksum: u64,
+    /// Of those that took longest.
+    write_nanoseconds: u64,
+    read_nanoseconds: u64,
+}
+
 impl Verify {
     /// Writes, reads back, compares, and says so.
-    pub(super) fn run<P: Platform>(
+    pub(super) fn run<'w, P: Platform>(
         &self,
         platform: &P,
-        disk: &mut dyn BlockDriver,
-        memory: Pages<'_>,
+        disk: &mut dyn BlockDriver<'w>,
+        memory: Pages<'w>,
     ) -> Result<Object, RunError> {
+        let parts = share(self.vps, platform, disk, memory, |part, platform, disk, memory| {
+            self.verify(part, platform, disk, memory)
+        })?;
+        let all = parts.into_iter().flatten().fold(Figures::default(), Figures::and);
+        Ok(Object::default()
+            .string("result", "verify")
+            .number("disk", self.disk)
+            .number("bytes", all.places.saturating_mul(self.bs.into()))
+            .number("bs", self.bs)
+            .number("depth", all.depth)
+            .number("vps", self.vps)
+            .string("checksum", format_args!("{:016x}", all.checksum))
+            .number("write_nanoseconds", all.write_nanoseconds)
+            .number("read_nanoseconds", all.read_nanoseconds))
+    }
+
+    /// One processor's part: of so many places, each so-manyth.
+    fn verify<'w, P: Platform>(
+        &self,
+        part: Part,
+        platform: &P,
+        disk: &mut dyn BlockDriver<'w>,
+        memory: Pages<'w>,
+    ) -> Result<Figures, RunError> {
         let mut flow = Flow::new(platform, disk, memory, self.bs, self.depth, SPIN)?;
         let places = flow.places()?.min(self.bytes.div_ceil(self.bs.into()));
         let words = u64::from(self.bs / 8);
@@ -34,7 +70,7 @@ impl Verify {
         };
 
         let started = platform.now();
-        let mut places_left = 0..places;
+        let mut places_left = (part.index as u64..places).step_by(part.of);
         flow.run(
             Operation::Write,
             |_| places_left.next(),
@@ -49,8 +85,8 @@ impl Verify {
         let written = platform.now();
 
         let mut checksum = 0_u64;
-        let mut places_left = 0..places;
-        flow.run(
+        let mut places_left = (part.index as u64..places).step_by(part.of);
+        let done = flow.run(
             Operation::Read,
             |_| places_left.next(),
             // What is not read shall not look right from before.
@@ -73,14 +109,25 @@ impl Verify {
             },
         )?;
         let read = platform.now();
-        Ok(Object::default()
-            .string("result", "verify")
-            .number("disk", self.disk)
-            .number("bytes", places.saturating_mul(self.bs.into()))
-            .number("bs", self.bs)
-            .number("depth", flow.depth())
-            .string("checksum", format_args!("{checksum:016x}"))
-            .number("write_nanoseconds", written.saturating_sub(started))
-            .number("read_nanoseconds", read.saturating_sub(written)))
+        Ok(Figures {
+            depth: flow.depth().into(),
+            places: done,
+            checksum,
+            write_nanoseconds: written.saturating_sub(started),
+            read_nanoseconds: read.saturating_sub(written),
+        })
+    }
+}
+
+impl Figures {
+    /// Both processors' together.
+    fn and(self, other: Self) -> Self {
+        Self {
+            depth: self.depth + other.depth,
+            places: self.places + other.places,
+            checksum: self.checksum.wrapping_add(other.checksum),
+            write_nanoseconds: self.write_nanoseconds.max(other.write_nanoseconds),
+            read_nanoseconds: self.read_nanoseconds.max(other.read_nanoseconds),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! A guest's world within this process: memory, a SynIC of one processor, a clock.
+//! A guest's world within this process: memory, a SynIC, a clock, and threads for processors.
 #![allow(unsafe_code, dead_code)] // guest memory is handed to the guest; not all tests use all
 
 use std::collections::HashMap;
@@ -27,27 +27,33 @@ pub struct World {
 struct State {
     slot: Option<synic::Message>,
     slot_wanted: bool,
-    flags: Vec<u16>,
-    /// Interrupts since the guest last slept.
-    pending: bool,
-    interrupts: u64,
-    halts: u64,
+    vps: Vec<Vp>,
     doorbells: HashMap<u32, EventFd>,
 }
 
+#[derive(Clone, Default)]
+struct Vp {
+    flags: Vec<u16>,
+    /// Interrupts since it last slept.
+    pending: bool,
+    interrupts: u64,
+    halts: u64,
+}
+
 impl World {
-    pub fn new() -> Arc<Self> {
+    pub fn new(vps: usize) -> Arc<Self> {
         let slot_free = EventFd::new(EFD_NONBLOCK).unwrap();
-        Arc::new(Self { state: Mutex::default(), raised: Condvar::new(), slot_free })
+        let state = Mutex::new(State { vps: vec![Vp::default(); vps], ..State::default() });
+        Arc::new(Self { state, raised: Condvar::new(), slot_free })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
 
-    fn raise(&self, state: &mut State) {
-        state.pending = true;
-        state.interrupts += 1;
+    fn raise(&self, vp: &mut Vp) {
+        vp.pending = true;
+        vp.interrupts += 1;
         self.raised.notify_all();
     }
 }
@@ -57,17 +63,18 @@ pub struct Root(pub Arc<World>);
 
 struct Port {
     world: Arc<World>,
+    vp: usize,
     flag: u16,
 }
 
 impl EventPort for Port {
     fn signal(&self) -> bool {
-        let mut state = self.world.lock();
-        if state.flags.contains(&self.flag) {
+        let vp = &mut self.world.lock().vps[self.vp];
+        if vp.flags.contains(&self.flag) {
             return false;
         }
-        state.flags.push(self.flag);
-        self.world.raise(&mut state);
+        vp.flags.push(self.flag);
+        self.world.raise(vp);
         true
     }
 
@@ -83,7 +90,7 @@ impl Synic for Root {
             return Posted::Busy;
         }
         state.slot = Some(*message);
-        self.0.raise(&mut state);
+        self.0.raise(&mut state.vps[0]);
         Posted::Delivered
     }
 
@@ -101,15 +108,16 @@ impl Synic for Root {
         Ok(())
     }
 
-    fn event_port(&self, _: VpIndex, sint: Sint, flag: EventFlag) -> Option<Arc<dyn EventPort>> {
+    fn event_port(&self, vp: VpIndex, sint: Sint, flag: EventFlag) -> Option<Arc<dyn EventPort>> {
         assert_eq!(sint, Sint::VMBUS);
-        Some(Arc::new(Port { world: Arc::clone(&self.0), flag: flag.get() }))
+        Some(Arc::new(Port { world: Arc::clone(&self.0), vp: vp.0 as usize, flag: flag.get() }))
     }
 }
 
-/// The guest's side of the world.
+/// The guest's side of the world, as one of its processors sees it.
 pub struct Guest {
     pub world: Arc<World>,
+    pub vp: usize,
     pub memory: GuestMemory,
     pub sink: Arc<dyn MessageSink>,
     pub started: Instant,
@@ -148,13 +156,16 @@ impl Platform for Guest {
 
     fn idle(&self) {
         let mut state = self.world.lock();
-        state.halts += 1;
+        state.vps[self.vp].halts += 1;
         // As long as no test takes; a guest that waits in vain then finds out by its clock.
         let limit = Duration::from_secs(20);
-        let (mut state, _) =
-            self.world.raised.wait_timeout_while(state, limit, |state| !state.pending).unwrap();
-        state.pending = false;
-        state.flags.clear();
+        let (mut state, _) = self
+            .world
+            .raised
+            .wait_timeout_while(state, limit, |state| !state.vps[self.vp].pending)
+            .unwrap();
+        state.vps[self.vp].pending = false;
+        state.vps[self.vp].flags.clear();
     }
 
     fn now(&self) -> u64 {
@@ -166,7 +177,34 @@ impl Platform for Guest {
     }
 
     fn counters(&self) -> PlatformCounters {
-        let state = self.world.lock();
-        PlatformCounters { halts: state.halts, interrupts: state.interrupts }
+        let vp = &self.world.lock().vps[self.vp];
+        PlatformCounters { halts: vp.halts, interrupts: vp.interrupts }
+    }
+
+    fn processors(&self) -> usize {
+        self.world.lock().vps.len()
+    }
+
+    fn together<R: Send, O>(
+        &self,
+        places: &mut [Option<R>],
+        work: impl Fn(usize, &Self) -> R + Sync,
+        own: impl FnOnce() -> O,
+    ) -> O {
+        let work = &work;
+        std::thread::scope(|scope| {
+            for (vp, place) in (1..self.processors()).zip(places) {
+                let other = Self {
+                    world: Arc::clone(&self.world),
+                    vp,
+                    memory: self.memory.clone(),
+                    sink: Arc::clone(&self.sink),
+                    started: self.started,
+                    lines: Mutex::default(),
+                };
+                scope.spawn(move || *place = Some(work(vp, &other)));
+            }
+            own()
+        })
     }
 }
