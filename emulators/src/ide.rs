@@ -126,7 +126,9 @@ impl IdeDisks {
 struct Port {
     channel: Mutex<Channel>,
     doorbell: Arc<EventFd>,
-    line: Arc<dyn InterruptLine>,
+    /// Locked for a whole edge: the guest may answer the worker's so fast that its own next one would
+    /// otherwise begin while the line is still up, and be none.
+    line: Mutex<Arc<dyn InterruptLine>>,
     stop: AtomicBool,
     jobs: AtomicU64,
     interrupts: AtomicU64,
@@ -152,8 +154,9 @@ impl Port {
         if edge {
             self.interrupts.fetch_add(1, Ordering::Relaxed);
             // An edge, made here and now: a pulse would have a thread of the kernel make it.
-            self.line.set_level(true);
-            self.line.set_level(false);
+            let line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+            line.set_level(true);
+            line.set_level(false);
         }
         value
     }
@@ -188,7 +191,7 @@ impl Ide {
             ports.push(Arc::new(Port {
                 channel: Mutex::new(channel),
                 doorbell: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
-                line,
+                line: Mutex::new(line),
                 stop: AtomicBool::new(false),
                 jobs: AtomicU64::new(0),
                 interrupts: AtomicU64::new(0),

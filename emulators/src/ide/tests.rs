@@ -206,3 +206,54 @@ fn places_are_found_and_taken_once() {
     let refused = IdeDisks::default().attach(None, None, Arc::new(large)).unwrap_err();
     assert_eq!(refused, DriveError::Block(4096));
 }
+
+/// A line that is slow to rise, and knows how often somebody raised it who found it up.
+#[derive(Default)]
+struct SlowLine {
+    up: std::sync::atomic::AtomicBool,
+    merged: AtomicU32,
+    edges: AtomicU32,
+}
+
+impl InterruptLine for SlowLine {
+    fn pulse(&self) {
+        unreachable!("an IDE channel makes its edges by itself");
+    }
+
+    fn set_level(&self, high: bool) {
+        if high == self.up.swap(high, Ordering::SeqCst) {
+            self.merged.fetch_add(1, Ordering::SeqCst);
+        }
+        if high {
+            self.edges.fetch_add(1, Ordering::SeqCst);
+            // Long enough for the guest to answer.
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+}
+
+/// The worker brings the first block; the guest is so fast that it has read it, and made the
+/// interrupt for the second, while the worker's still has its line up.
+#[test]
+fn an_edge_is_not_lost_in_another() {
+    let memory = GuestMemory::new(1 << 20).unwrap();
+    let mut disks = IdeDisks::default();
+    disks.attach(None, None, Arc::new(RamDisk::new(1 << 20).unwrap())).unwrap();
+    let line = Arc::new(SlowLine::default());
+    let ide = Ide::new(&memory, &disks, [line.clone(), Arc::new(Line::default())]).unwrap();
+    let command = ide.command_block(0);
+    for (register, value) in [(2, 2), (3, 0), (4, 0), (5, 0), (6, 0xe0), (7, 0x20)] {
+        command.write(register, &[value]);
+    }
+    for edges in 1..=2 {
+        while line.edges.load(Ordering::SeqCst) < edges {
+            std::thread::yield_now();
+        }
+        let mut status = [0];
+        command.read(7, &mut status);
+        assert_eq!(status, [0x58]);
+        command.read_string(0, 2, &mut [0; 512]);
+    }
+    drop(ide);
+    assert_eq!(line.merged.load(Ordering::SeqCst), 0);
+}
