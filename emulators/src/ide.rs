@@ -2,6 +2,7 @@
 //!
 //! - [`channel`]: the registers, as a state machine without I/O.
 //! - [`drive`]: a disk's own registers, and what it says about itself.
+//! - [`log`]: a disk's logs.
 //! - [`cd`]: a CD-ROM drive's commands.
 //! - [`table`]: the bus master's table of memory regions.
 //! - [`worker`]: the thread that does a channel's I/O.
@@ -16,6 +17,7 @@ mod cd;
 mod channel;
 mod drive;
 mod fuzz;
+mod log;
 mod table;
 mod worker;
 

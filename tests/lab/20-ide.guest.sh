@@ -15,6 +15,8 @@ for link in 1 2; do
 done
 hdparm -I "$first"
 smartctl -i -H "$first"
+smartctl -x "$first"
+echo "smartctl: $?"
 mkfs.ext4 -q -F "$first"
 mkdir -p /mnt
 mount -t ext4 "$first" /mnt

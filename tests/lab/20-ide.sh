@@ -13,6 +13,8 @@ expect 'dma_mode: .*link1.*XFER_UDMA_2'
 expect 'dma_mode: .*link2.*XFER_UDMA_2'
 expect 'Serial Number: *S-123'
 expect 'SMART overall-health self-assessment test result: PASSED'
+expect 'smartctl: 0'
+refute 'missing sense data'
 expect 'verified: 4k'
 expect 'verified: 128k'
 whole disk.img 8

@@ -78,6 +78,7 @@ pub(crate) mod command {
     pub(crate) const READ_SECTORS_EXT: u8 = 0x24;
     pub(crate) const READ_DMA_EXT: u8 = 0x25;
     pub(crate) const READ_MULTIPLE_EXT: u8 = 0x29;
+    pub(crate) const READ_LOG_EXT: u8 = 0x2f;
     pub(crate) const WRITE_SECTORS: u8 = 0x30;
     pub(crate) const WRITE_SECTORS_NO_RETRY: u8 = 0x31;
     pub(crate) const WRITE_SECTORS_EXT: u8 = 0x34;
@@ -135,6 +136,7 @@ pub(crate) mod feature {
     pub(crate) const SMART_READ_DATA: u8 = 0xd0;
     pub(crate) const SMART_READ_THRESHOLDS: u8 = 0xd1;
     pub(crate) const SMART_AUTOSAVE: u8 = 0xd2;
+    pub(crate) const SMART_READ_LOG: u8 = 0xd5;
     pub(crate) const SMART_ENABLE: u8 = 0xd8;
     pub(crate) const SMART_DISABLE: u8 = 0xd9;
     pub(crate) const SMART_RETURN_STATUS: u8 = 0xda;

@@ -332,6 +332,40 @@ fn smart_wants_its_key() {
 }
 
 #[test]
+fn logs_have_a_directory_and_no_pages_beyond() {
+    fn pages(bench: &mut Bench) -> Vec<u8> {
+        let mut data = Vec::new();
+        while bench.status() == READY | status::DRQ {
+            let mut page = [0; 512];
+            bench.channel.read_data(&mut page);
+            data.extend(page);
+        }
+        assert_eq!(bench.status(), READY);
+        data
+    }
+    let mut bench = Bench::new();
+    bench.command_ext(command::READ_LOG_EXT, 0, 1);
+    let directory = pages(&mut bench);
+    assert_eq!((directory.len(), &directory[..2], directory[0x60]), (512, &[1, 0][..], 2));
+    bench.channel.write(1, feature::SMART_READ_LOG);
+    bench.command(command::SMART, 0xc2_4f00, 1);
+    assert_eq!(pages(&mut bench), directory);
+
+    bench.command_ext(command::READ_LOG_EXT, 0x30, 2);
+    let log = pages(&mut bench);
+    bench.command(command::IDENTIFY_DEVICE, 0, 0);
+    assert_eq!(log[512..], pages(&mut bench));
+    bench.command_ext(command::READ_LOG_EXT, 0x0130, 1);
+    assert_eq!(pages(&mut bench), log[512..], "the second page alone");
+    // No pages, too many, one behind the last by either byte of its number, and no such log.
+    for (lba, count) in [(0x30, 0), (0x30, 3), (0x0230, 1), (0x01_0000_0030, 1), (3, 1)] {
+        bench.command_ext(command::READ_LOG_EXT, lba, count);
+        assert_eq!(bench.status(), READY | status::ERR, "{lba:#x} {count}");
+        assert_eq!(bench.channel.read(1), error::ABRT);
+    }
+}
+
+#[test]
 fn cylinders_heads_and_sectors() {
     let mut bench = Bench::new();
     // Cylinder 1, head 2, sector 3 of 16 heads and 63 sectors.

@@ -272,8 +272,8 @@ impl Drive {
             ((1 << count) - 1) | selected
         };
         // SMART, power management, write cache, look-ahead; 48-bit addresses, both flushes; WRITE
-        // DMA FUA EXT.
-        let commands = [0x0069, 0x7400, 0x4040];
+        // DMA FUA EXT, READ LOG EXT.
+        let commands = [0x0069, 0x7400, 0x4060];
         let enabled =
             0x0008 | bit(self.smart, 0) | bit(self.write_cache, 5) | bit(self.look_ahead, 6);
         let long = self.sectors;

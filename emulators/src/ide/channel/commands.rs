@@ -6,7 +6,8 @@ use backends::block::SECTOR;
 use super::{Channel, Kind, MAX_DMA_SECTORS, Phase, Transfer, Work};
 use crate::ide::bits::{command, error, feature, reason, status};
 use crate::ide::cd::{self, Answer};
-use crate::ide::drive::{Drive, Form, MAX_MULTIPLE, MAX_TRIM_BLOCKS};
+use crate::ide::drive::{Drive, Form, MAX_MULTIPLE, MAX_TRIM_BLOCKS, Pair};
+use crate::ide::log;
 
 impl Channel {
     /// A command for the selected drive.
@@ -38,6 +39,15 @@ impl Channel {
         match code {
             command::IDENTIFY_DEVICE => self.page(Drive::identify),
             command::SMART => self.smart(),
+            command::READ_LOG_EXT => {
+                let Some(Drive { lba: [address, page, _], count, .. }) = self.drive_mut() else {
+                    return;
+                };
+                let word = |pair: &Pair| u16::from_le_bytes([pair.current, pair.previous]);
+                let (address, count) = (address.current, word(count));
+                let page = word(page);
+                self.log(address, page, count);
+            }
             command::SET_FEATURES => self.set_features(),
             command::DATA_SET_MANAGEMENT => self.data_set_management(),
             command::FLUSH_CACHE | command::FLUSH_CACHE_EXT => self.order(Work::Flush),
@@ -214,6 +224,18 @@ impl Channel {
         }
     }
 
+    /// Lets the guest read pages of a log.
+    fn log(&mut self, address: u8, first: u16, count: u16) {
+        let drive = self.drives.get(self.active).and_then(Option::as_ref);
+        match drive
+            .zip(self.buffer.as_deref_mut())
+            .and_then(|(drive, buffer)| log::read(drive, address, first, count, buffer))
+        {
+            Some(len) => self.offer(len),
+            None => self.abort(error::ABRT),
+        }
+    }
+
     fn set_multiple(&mut self) {
         let Some(drive) = self.drive_mut() else { return };
         let count = drive.count.current;
@@ -264,6 +286,10 @@ impl Channel {
             feature::SMART_ENABLE => drive.smart = true,
             feature::SMART_DISABLE => drive.smart = false,
             feature::SMART_AUTOSAVE | feature::SMART_RETURN_STATUS => {}
+            feature::SMART_READ_LOG => {
+                let (address, count) = (drive.lba[0].current, drive.count.current);
+                return self.log(address, 0, count.into());
+            }
             feature::SMART_READ_DATA | feature::SMART_READ_THRESHOLDS => {
                 return self.page(|_, page| Drive::smart_data(page));
             }
