@@ -47,7 +47,7 @@ const TOOLS: &[&str] = &[
 ];
 
 /// Programs in L1 only.
-const L1_TOOLS: &[&str] = &["debugfs filefrag prlimit setpriv strace chrt unshare"];
+const L1_TOOLS: &[&str] = &["debugfs filefrag prlimit setpriv strace chrt unshare xorriso"];
 
 /// The emulator as a peer of ours, in L1 with `--peers`.
 const PEERS: &[&str] = &["qemu-system-x86_64 qemu-storage-daemon qemu-img qemu-io qemu-nbd"];

@@ -33,6 +33,7 @@ const PACKAGES: &[&str] = &[
     "strace",
     "tcpdump",
     "util-linux",
+    "xorriso",
 ];
 
 /// Dependencies that no program of the lab runs: maintainer scripts' needs, and what only fio's engines for
