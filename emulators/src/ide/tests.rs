@@ -210,7 +210,7 @@ fn places_are_found_and_taken_once() {
 /// A line that is slow to rise, and knows how often somebody raised it who found it up.
 #[derive(Default)]
 struct SlowLine {
-    up: std::sync::atomic::AtomicBool,
+    up: AtomicBool,
     merged: AtomicU32,
     edges: AtomicU32,
 }
