@@ -86,7 +86,8 @@ impl<'w, P: Platform> Bus<'w, P> {
     pub fn connect(platform: &'w P) -> Result<Self, BusError> {
         let mut bus = Self { platform, client: Client::new(Contact::DEFAULT) };
         bus.client.connect(&mut Calls(platform))?;
-        while bus.next_event()? != Event::AllOffered {}
+        let deadline = bus.deadline();
+        while bus.next_event(deadline)? != Event::AllOffered {}
         Ok(bus)
     }
 
@@ -107,12 +108,13 @@ impl<'w, P: Platform> Bus<'w, P> {
 
     /// The sub-channel `number` of the device that `primary` leads to, which is being offered.
     pub fn subchannel(&mut self, primary: Relid, number: u16) -> Result<Relid, BusError> {
+        let deadline = self.deadline();
         loop {
             let offered = self.client.subchannels(primary).find(|o| o.subchannel == number);
             if let Some(offer) = offered {
                 return Ok(offer.relid);
             }
-            match self.next_event()? {
+            match self.next_event(deadline)? {
                 Event::OfferDropped(_) => return Err(BusError::Memory),
                 Event::Rescinded(gone) if gone == primary => {
                     return Err(BusError::Rescinded(primary));
@@ -138,9 +140,10 @@ impl<'w, P: Platform> Bus<'w, P> {
         let offer = self.client.offer(relid).ok_or(BusError::Rescinded(relid))?;
         let connection = offer.connection;
 
+        let deadline = self.deadline();
         let gpadl = self.client.create_gpadl(&mut Calls(platform), relid, pages.numbers())?;
         loop {
-            match self.next_event()? {
+            match self.next_event(deadline)? {
                 Event::GpadlCreated(id) if id == gpadl => break,
                 Event::GpadlRefused { status, .. } => return Err(BusError::GpadlRefused(status)),
                 Event::Rescinded(gone) if gone == relid => return Err(BusError::Rescinded(relid)),
@@ -151,7 +154,7 @@ impl<'w, P: Platform> Bus<'w, P> {
         let no_data = &[0; USER_DATA];
         self.client.open(&mut Calls(platform), relid, gpadl, downstream, vp, no_data)?;
         loop {
-            match self.next_event()? {
+            match self.next_event(deadline)? {
                 Event::Opened(opened) if opened == relid => break,
                 Event::OpenRefused { relid, status } => {
                     return Err(BusError::OpenRefused { relid, status });
@@ -166,26 +169,31 @@ impl<'w, P: Platform> Bus<'w, P> {
     /// Takes leave of the root; all memory is the guest's again after that.
     pub fn unload(mut self) -> Result<(), BusError> {
         self.client.unload(&mut Calls(self.platform))?;
-        while self.next_event()? != Event::Unloaded {}
+        let deadline = self.deadline();
+        while self.next_event(deadline)? != Event::Unloaded {}
         Ok(())
     }
 
+    /// Until when the answer to what is asked now may come. Whatever else the root says meanwhile, and
+    /// however much, does not move it.
+    fn deadline(&self) -> u64 {
+        self.platform.now().saturating_add(PATIENCE)
+    }
+
     /// The next thing that the root has to say.
-    fn next_event(&mut self) -> Result<Event, BusError> {
-        let started = self.platform.now();
-        let mut spin_until = started.saturating_add(SPIN);
+    fn next_event(&mut self, deadline: u64) -> Result<Event, BusError> {
+        let mut spin_until = self.platform.now().saturating_add(SPIN);
         loop {
-            while let Some(message) = self.platform.take_message() {
+            let now = self.platform.now();
+            if now > deadline {
+                return Err(BusError::TimedOut);
+            }
+            if let Some(message) = self.platform.take_message() {
                 let bus = &mut Calls(self.platform);
                 if let Some(event) = self.client.message(bus, message.payload())? {
                     return Ok(event);
                 }
-            }
-            let now = self.platform.now();
-            if now.saturating_sub(started) > PATIENCE {
-                return Err(BusError::TimedOut);
-            }
-            if now < spin_until {
+            } else if now < spin_until {
                 core::hint::spin_loop();
             } else {
                 self.platform.idle();

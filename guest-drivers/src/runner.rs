@@ -60,7 +60,7 @@ pub enum RunError {
         found: usize,
     },
     /// More processors than can work on the disk.
-    #[error("the disk can be worked on by {found} processors, not {asked}")]
+    #[error("{asked} processors are to work on the disk, which {found} can")]
     Processors {
         /// As asked for.
         asked: u16,

@@ -112,7 +112,7 @@ fn work_for_processors_that_are_not_there_is_refused() {
     for (vps, asked) in [(1, 2), (3, 4)] {
         let (status, lines) = run_on(vps, &[&[ram(1)]], &format!("bench vps={asked}"));
         assert_eq!(status, status::FAILED);
-        let error = format!("the disk can be worked on by {vps} processors, not {asked}");
+        let error = format!("{asked} processors are to work on the disk, which {vps} can");
         assert!(lines.last().unwrap().contains(&error), "{lines:#?}");
     }
 }

@@ -5,10 +5,12 @@ use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
+use guest_drivers::bus::{Bus, BusError};
 use guest_drivers::memory::{PAGE, Pages};
 use guest_drivers::platform::{Message, Platform, PlatformCounters};
 use guest_drivers::runner::{self, status};
 use proptest::prelude::*;
+use vmbus::Guid;
 use vmbus::client::HvStatus;
 use vmbus::protocol::{
     GpadlCreated, GpadlId, Header, InitiateContact, MessageKind, OfferChannel, OpenChannel,
@@ -34,6 +36,9 @@ struct Liar {
     /// So many honest answers first.
     honest: Cell<u32>,
     answers: RefCell<Vec<Vec<u8>>>,
+    /// From this message of the guest's on, nothing comes but offers without end.
+    flood: Option<MessageKind>,
+    flooded: Cell<u32>,
     clock: Cell<u64>,
     lines: RefCell<Vec<String>>,
 }
@@ -47,6 +52,8 @@ impl Liar {
             next: Cell::new(0),
             honest: Cell::new(honest),
             answers: RefCell::default(),
+            flood: None,
+            flooded: Cell::new(0),
             clock: Cell::new(0),
             lines: RefCell::default(),
         }
@@ -75,6 +82,9 @@ impl Liar {
     /// Answers what the guest says, as a root would.
     fn hear(&self, payload: &[u8]) {
         let Ok((header, _)) = Header::read_from_prefix(payload) else { return };
+        if self.flood == Some(header.kind) {
+            self.flooded.set(1);
+        }
         match header.kind {
             MessageKind::InitiateContact => {
                 let _ = InitiateContact::read_from_prefix(payload);
@@ -104,6 +114,19 @@ impl Liar {
             MessageKind::Unload => self.answer(&Header::new(MessageKind::UnloadResponse)),
             _ => {}
         }
+    }
+
+    /// One more offer. There is no room for so many, and so numbers may come again.
+    fn next_of_flood(&self) -> OfferChannel {
+        let count = self.flooded.get();
+        self.flooded.set(count + 1);
+        let mut offer = OfferChannel::new_zeroed();
+        offer.header = Header::new(MessageKind::OfferChannel);
+        offer.relid = Relid(1 + count.min(Relid::MAX.0 - 1));
+        let mut instance = [0; 16];
+        instance[..4].copy_from_slice(&count.to_le_bytes());
+        offer.instance = Guid::from_wire(instance);
+        offer
     }
 
     /// Changes some words of the rings, most often where their indices are.
@@ -144,6 +167,9 @@ impl Platform for Liar {
     }
 
     fn take_message(&self) -> Option<Message> {
+        if self.flooded.get() > 0 {
+            return Some(Message::new(1, self.next_of_flood().as_bytes()));
+        }
         let honest = self.answers.borrow_mut().pop();
         if honest.is_none() && self.honest.get() == 0 && self.lie().is_multiple_of(64) {
             let lie: Vec<u8> =
@@ -173,7 +199,10 @@ impl Platform for Liar {
 }
 
 fn run(honest: u32, lies: Vec<u64>) -> (u32, Vec<String>) {
-    let liar = Liar::new(honest, lies);
+    run_with(Liar::new(honest, lies))
+}
+
+fn run_with(liar: Liar) -> (u32, Vec<String>) {
     let status = runner::run(&liar, "identify; verify bytes=64k bs=4k; bench time=1s");
     // SAFETY: it came from a box of so many pages, and the guest that had references is gone.
     let pages =
@@ -197,6 +226,28 @@ proptest! {
             prop_assert!(lines.last().unwrap().starts_with(r#"{"error":""#), "{:?}", lines);
         }
     }
+}
+
+#[test]
+fn a_root_that_goes_on_and_on_is_given_up() {
+    for flood in [
+        MessageKind::InitiateContact,
+        MessageKind::RequestOffers,
+        MessageKind::GpadlHeader,
+        MessageKind::OpenChannel,
+    ] {
+        let liar = Liar { flood: Some(flood), ..Liar::new(u32::MAX, vec![1]) };
+        let (status, lines) = run_with(liar);
+        assert_eq!(status, status::FAILED, "{flood:?}");
+        assert!(lines.last().unwrap().contains("error"), "{flood:?}: {lines:?}");
+    }
+}
+
+#[test]
+fn a_root_that_goes_on_and_on_is_left() {
+    let liar = Liar { flood: Some(MessageKind::Unload), ..Liar::new(u32::MAX, vec![1]) };
+    let bus = Bus::connect(&liar).unwrap();
+    assert_eq!(bus.unload(), Err(BusError::TimedOut));
 }
 
 #[test]
