@@ -2,17 +2,18 @@
 //! guest's storvsc, written out here, on the other. No VM is involved.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use backends::block::Disk;
 use backends::paths;
 use backends::ram::RamDisk;
+use hypervisor::Gpa;
 use vmbus::packet::{PacketFlags, PacketKind};
 use vmbus::vstor::{
     DataDirection, NtStatus, Operation, Properties, ScsiRequest, SrbStatus, VstorPacket,
 };
 use vmbus_server::Device;
-use vmbus_server::testing::{GuestEnd, pair};
+use vmbus_server::testing::{GuestEnd, STORVSC_RING_PAGES, pair};
 use vsp::storvsp::{Controller, ControllerBuilder};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -183,12 +184,12 @@ impl Guest {
     }
 
     fn put(&self, at: u64, bytes: &[u8]) {
-        self.end.memory.write(hypervisor::Gpa(at), bytes).unwrap();
+        self.end.memory.write(Gpa(at), bytes).unwrap();
     }
 
     fn get(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.end.memory.read(hypervisor::Gpa(at), &mut bytes).unwrap();
+        self.end.memory.read(Gpa(at), &mut bytes).unwrap();
         bytes
     }
 
@@ -465,6 +466,41 @@ fn unmap_and_write_same() {
         ram.read(lba * 512, &mut bytes[..512]);
         assert_eq!(bytes[..512], [0xaa; 512], "{lba}");
     }
+}
+
+#[test]
+fn a_guest_that_takes_no_answers_is_waited_for() {
+    let mut guest = Guest::new(vec![ram(MIB).1]);
+    // More answers than the ring to the guest has room for, while it takes none.
+    let count = 1800;
+    let test_unit_ready =
+        VstorPacket::request(Operation::ExecuteSrb, &[52, 0, 0, 0, 0, 0, 0, 0, 6, 20, 2]);
+    let mut ids: Vec<u64> = (0..count).map(|_| guest.id()).collect();
+    for id in &ids {
+        let flags = PacketFlags::COMPLETION_REQUESTED;
+        let packet = [test_unit_ready.as_bytes()];
+        // The worker takes packets as long as it can answer them.
+        while guest.end.outgoing.push(PacketKind::InBand, flags, *id, &packet).is_err() {
+            guest.end.publish();
+            std::thread::yield_now();
+        }
+    }
+    guest.end.publish();
+    let control = Gpa(16 * MIB - STORVSC_RING_PAGES * 4096);
+    let wanted = |guest: &Guest| guest.end.memory.read_obj::<u32>(Gpa(control.0 + 12)).unwrap();
+    let until = Instant::now() + PATIENCE;
+    while wanted(&guest) == 0 {
+        assert!(Instant::now() < until, "the worker does not ask for room");
+        std::thread::yield_now();
+    }
+    for _ in 0..count {
+        let (id, answer) = guest.receive();
+        assert_eq!(answer.status, NtStatus::Success);
+        ids.retain(|asked| *asked != id);
+    }
+    assert!(ids.is_empty(), "{} not answered", ids.len());
+    guest.ask_anyway(Operation::QueryProperties, &[]);
+    assert_eq!(wanted(&guest), 0, "every further answer that is taken would signal");
 }
 
 #[test]

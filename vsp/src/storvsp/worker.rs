@@ -243,6 +243,7 @@ impl Worker {
         if self.channel.incoming.publish() {
             self.channel.signal();
         }
+        let mut wants_room = false;
         if !stopping && self.engine.free_slots() > 0 {
             if self.room()? > 0 {
                 if !self.channel.unmask() {
@@ -256,10 +257,15 @@ impl Worker {
                     self.channel.outgoing.set_pending_send(0)?;
                     return Ok(());
                 }
+                wants_room = true;
             }
         }
         // Otherwise only a disk can bring the worker on.
         self.uring.submit_and_wait(1)?;
+        if wants_room {
+            // Who is awake looks by itself, and each signal costs the guest a hypercall.
+            self.channel.outgoing.set_pending_send(0)?;
+        }
         self.channel.mask();
         self.pacer.slept();
         Ok(())
