@@ -290,6 +290,28 @@ fn absent_drives_are_silent() {
 }
 
 #[test]
+fn a_channel_without_drives_hears_no_command() {
+    let mut channel = Channel::new();
+    for code in 0..=255 {
+        for device in [0xa0, 0xb0] {
+            channel.write(6, device);
+            channel.write(1, 1);
+            channel.write(7, code);
+            channel.write_master(0, master::START, true);
+            channel.write_data(&[0; 512]);
+            let mut data = [0x5a; 512];
+            channel.read_data(&mut data);
+            assert_eq!(data, [0x5a; 512], "nobody drives the bus");
+            assert!(!channel.has_job() && !channel.take_edge(), "{code:#x}");
+            assert_eq!(channel.read(7), 0);
+            channel.write_master(0, 0, true);
+        }
+    }
+    channel.write_control(control::SRST);
+    assert_eq!(channel.read_control(), 0);
+}
+
+#[test]
 fn settings_show_in_identify() {
     let mut bench = Bench::new();
     let mut set = |feature: u8, count: u8| {

@@ -129,6 +129,68 @@ fn a_table_that_is_too_short_is_an_error() {
 }
 
 #[test]
+fn tables_outside_memory_and_without_an_end_are_errors() {
+    let machine = Machine::new(Arc::new(RamDisk::new(1 << 20).unwrap()));
+    let read = |table: u32, entry: [u32; 2]| {
+        // As far as there is memory for it.
+        let _ = machine.memory.write_obj(Gpa(table.into()), &entry);
+        machine.master.write(4, &table.to_le_bytes());
+        machine.master.write(2, &[6]);
+        machine.command(0xc8, 0, 8);
+        machine.master.write(0, &[9]);
+        machine.line.wait();
+        let mut master = [0];
+        machine.master.read(2, &mut master);
+        machine.master.write(0, &[0]);
+        (machine.read(7), machine.read(1), master[0])
+    };
+    const LAST: u32 = 0x8000_0000;
+    const FAILED: (u8, u8, u8) = (0x51, 0x84, 6);
+    const DONE: (u8, u8, u8) = (0x50, 0, 4);
+    assert_eq!(read(TABLE, [DATA, LAST | 4096]), DONE);
+    assert_eq!(read(TABLE, [0xf_f800, LAST | 4096]), FAILED, "half of the region is no RAM");
+    assert_eq!(read(TABLE, [0xffff_f000, LAST | 4096]), FAILED);
+    assert_eq!(read(0x10_0000, [0, 0]), FAILED, "no RAM where the table should be");
+    assert_eq!(read(0xffff_fffc, [0, 0]), FAILED);
+    assert_eq!(read(0xf_fff8, [DATA, 512]), FAILED, "it goes on behind the end of RAM");
+    // No end, but regions of 64 KiB as far as they are needed: the bus master waits for more data.
+    assert_eq!(read(TABLE, [DATA, 0]), (0x50, 0, 5));
+    // The data falls upon the table, which has been read by then.
+    assert_eq!(read(TABLE, [TABLE, LAST | 4096]), DONE);
+    assert_eq!(read(TABLE, [DATA, LAST | 4096]), DONE, "and all is well");
+}
+
+#[test]
+fn a_reset_in_mid_transfer_waits_for_the_disk() {
+    let gate = Gate::new().unwrap();
+    let disk = RamDisk::new(1 << 20).unwrap();
+    let slow = FaultyDisk::new(Arc::new(disk.clone())).rule(Rule::hold(0..1 << 20, &gate));
+    let machine = Machine::new(Arc::new(slow));
+    machine.memory.write(Gpa(DATA.into()), &[7; 512]).unwrap();
+    let entry = [DATA, 0x8000_0000 | 512];
+    machine.memory.write_obj(Gpa(TABLE.into()), &entry).unwrap();
+    machine.master.write(4, &TABLE.to_le_bytes());
+    machine.command(0xca, 0, 1);
+    machine.master.write(0, &[1]);
+    // The guest stops the bus master, resets, and writes to whatever there is.
+    machine.master.write(0, &[0]);
+    machine.control.write(0, &[4]);
+    machine.control.write(0, &[0]);
+    machine.command(0x30, 1, 1);
+    machine.command.write_string(0, 2, &[9; 512]);
+    assert_eq!(machine.read(7), 0x80, "nothing is heard before the disk is done");
+    gate.open(2).unwrap();
+    while machine.read(7) & 0x80 != 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!((machine.read(7), machine.read(1)), (0x50, 1), "as after any reset");
+    let mut sectors = [0; 1024];
+    disk.read(0, &mut sectors);
+    assert_eq!((&sectors[..512], &sectors[512..]), (&[7; 512][..], &[0; 512][..]));
+    assert_eq!(machine.dma(0xc8, 8, 0, 1, 512), (0x50, 4));
+}
+
+#[test]
 fn trim_discards_what_is_on_the_disk_and_nothing_else() {
     let disk = FaultyDisk::new(Arc::new(RamDisk::new(1 << 20).unwrap()));
     let machine = Machine::new(Arc::new(disk.clone()));
