@@ -302,6 +302,10 @@ impl Device for CommandBlock {
         }
     }
 
+    fn takes_strings(&self, offset: u64) -> bool {
+        offset == 0
+    }
+
     fn read_string(&self, offset: u64, width: usize, data: &mut [u8]) {
         if offset == 0 {
             return self.0.access(|channel| channel.read_data(data));

@@ -26,6 +26,13 @@ pub trait Device: Send + Sync {
         }
     }
 
+    /// Whether strings are written at `offset`. For the hypervisor to bring them in one piece, every
+    /// single write there may cost a little more.
+    fn takes_strings(&self, offset: u64) -> bool {
+        let _ = offset;
+        false
+    }
+
     /// A string instruction writes at `offset` several times, `width` bytes each.
     fn write_string(&self, offset: u64, width: usize, data: &[u8]) {
         for unit in data.chunks_exact(width) {
@@ -173,6 +180,11 @@ impl Bus {
             Some((device, offset)) => device.write_string(offset, width, data),
             None => self.count_unclaimed(address),
         }
+    }
+
+    /// Whether strings of units of `width` bytes are written at `address`.
+    pub fn takes_strings(&self, address: u64, width: usize) -> bool {
+        self.find(address, width).is_some_and(|(device, offset)| device.takes_strings(offset))
     }
 
     fn count_unclaimed(&self, address: u64) {

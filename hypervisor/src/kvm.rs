@@ -9,6 +9,7 @@ mod cpuid;
 mod deferred;
 mod irq;
 mod stats;
+mod string_out;
 mod synic;
 mod user;
 mod vp;

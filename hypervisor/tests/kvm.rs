@@ -249,6 +249,96 @@ fn deferred_writes_come_before_the_next_exit() {
     assert!(matches!(counters[0].total(), 1 | 3), "one where KVM can defer port writes");
 }
 
+/// A port that strings are written to; what is written to the one behind it goes to `other`.
+struct DataPort {
+    strings: Mutex<Vec<Vec<u8>>>,
+    other: Port,
+}
+
+impl Device for DataPort {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match offset {
+            0 => self.strings.lock().unwrap().push(data.to_vec()),
+            _ => self.other.write(offset, data),
+        }
+    }
+
+    fn takes_strings(&self, offset: u64) -> bool {
+        offset == 0
+    }
+
+    fn write_string(&self, _: u64, _: usize, data: &[u8]) {
+        self.strings.lock().unwrap().push(data.to_vec());
+    }
+}
+
+/// Writes 300 words from `start` on by an instruction, then what is in RSI and RCX. Returns the bytes
+/// that came, how many calls it took, and the two registers.
+fn words_written(instructions: &[u8], start: u32) -> Option<(Vec<u8>, usize, [u32; 2])> {
+    let mut code = vec![0x66, 0xba, 0x00, 0x01]; // mov dx, 0x100
+    code.push(0xbe); // mov esi, start
+    code.extend(start.to_le_bytes());
+    code.extend([0xb9, 0x2c, 0x01, 0x00, 0x00]); // mov ecx, 300
+    code.extend(instructions);
+    code.extend([
+        0xfc, // cld
+        0x66, 0xba, 0x08, 0x01, // mov dx, 0x108
+        0x89, 0xf0, 0xef, // mov eax, esi; out dx, eax
+        0x89, 0xc8, 0xef, // mov eax, ecx; out dx, eax
+        0xb0, 0x21, 0xee, // mov al, '!'; out dx, al
+    ]);
+    let mut partition = partition(1, &code)?;
+    let memory = partition.memory().clone();
+    memory.write(Gpa(0x11_0000), &pattern()).unwrap();
+    let other = Port { written: Mutex::default(), stop: partition.stop_handle() };
+    let device = Arc::new(DataPort { strings: Mutex::default(), other });
+    let mut ports = Bus::ports();
+    ports.add("device", 0x100, 0x10, device.clone()).unwrap();
+    assert_eq!(run(&mut partition, ports, Bus::mmio()), StopReason::PowerOff);
+    let strings = device.strings.lock().unwrap();
+    let written = device.other.written.lock().unwrap();
+    let register = |at: usize| u32::from_le_bytes(written[at].1.clone().try_into().unwrap());
+    Some((strings.concat(), strings.len(), [register(0), register(1)]))
+}
+
+fn pattern() -> Vec<u8> {
+    (0..0x2000_u32).map(|at| ((at / 2 * 37) >> (at % 2 * 8)) as u8).collect()
+}
+
+#[test]
+fn a_string_goes_out_in_one_piece() {
+    for instruction in [[0xf3, 0x66, 0x6f], [0x66, 0xf3, 0x6f]] {
+        // Within a page; across the end of one, at a word and in the middle of one.
+        for (start, pieces) in [(0x11_0100, 2), (0x11_0f80, 4), (0x11_0f81, 5)] {
+            let Some((data, calls, registers)) = words_written(&instruction, start) else { return };
+            let from = (start - 0x11_0000) as usize;
+            assert!(data == pattern()[from..from + 600], "{start:#x}");
+            assert_eq!(registers, [start + 600, 0]);
+            assert!(calls <= pieces, "{calls} calls for {pieces} pieces");
+        }
+    }
+}
+
+#[test]
+fn other_strings_go_out_as_they_always_have() {
+    // Backwards; from another segment, whose base is 0 too; and without a prefix, in a loop.
+    let down = [0xfd, 0xf3, 0x66, 0x6f];
+    let segment = [0x64, 0xf3, 0x66, 0x6f];
+    let single = [0x66, 0x6f, 0xe2, 0xfc]; // again: outsw; loop again
+    let Some((data, calls, registers)) = words_written(&down, 0x11_0800) else { return };
+    let backwards: Vec<u8> =
+        (0..300).flat_map(|n| pattern()[0x800 - 2 * n..][..2].to_vec()).collect();
+    assert!(data == backwards);
+    assert_eq!((calls, registers), (300, [0x11_0800 - 600, 0]));
+    for instructions in [&segment, &single] {
+        let (data, calls, registers) = words_written(instructions, 0x11_0100).unwrap();
+        assert!(data == pattern()[0x100..0x100 + 600]);
+        assert_eq!((calls, registers), (300, [0x11_0100 + 600, 0]));
+    }
+}
+
 #[test]
 fn the_kernels_counters_count() {
     let code = [

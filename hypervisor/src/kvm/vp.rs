@@ -26,6 +26,7 @@ use vmm_sys_util::signal::register_signal_handler;
 use super::cpuid::{self, HostFeatures};
 use super::deferred::DeferredWrites;
 use super::stats::KernelCounters;
+use super::string_out::StringOut;
 use super::synic::KvmSynic;
 use super::user::UserVp;
 use super::{HyperV, call};
@@ -358,9 +359,17 @@ impl Vp {
             Ok(VcpuExit::IoOut(port, data)) => {
                 counters.count(ExitKind::PortWrite);
                 buses.catch_up();
-                match port_width(run) {
-                    width if width == data.len() => buses.ports.write(port.into(), data),
-                    width => buses.ports.write_string(port.into(), width, data),
+                let width = port_width(run);
+                if width != data.len() {
+                    buses.ports.write_string(port.into(), width, data);
+                } else {
+                    buses.ports.write(port.into(), data);
+                    if width > 1
+                        && buses.ports.takes_strings(port.into(), width)
+                        && let Err(error) = self.finish_string(port, width, &buses.ports)
+                    {
+                        return self.fail(&format!("no registers: {error}"));
+                    }
                 }
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -408,6 +417,15 @@ impl Vp {
             },
         }
         Next::Run
+    }
+
+    /// If the port write was the first unit of a string, writes the others.
+    fn finish_string(&self, port: u16, width: usize, ports: &Bus) -> Result<(), kvm_ioctls::Error> {
+        let Some(rest) = StringOut::rest(&self.fd, &self.environment.memory, width)? else {
+            return Ok(());
+        };
+        ports.write_string(port.into(), width, rest.data());
+        rest.commit(&self.fd)
     }
 
     /// The guest has read the hypercall port.
