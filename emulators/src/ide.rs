@@ -144,13 +144,16 @@ impl Port {
     /// Lets `access` move the registers, and passes on what comes of it.
     fn access<T>(&self, access: impl FnOnce(&mut Channel) -> T) -> T {
         let mut channel = self.lock();
-        let had_job = channel.has_job();
+        let (had_job, was_anew) = (channel.has_job(), channel.is_anew());
         let value = access(&mut channel);
         let job = channel.has_job() && !had_job;
+        let anew = channel.is_anew() && !was_anew;
         let edge = channel.take_edge();
         drop(channel);
         if job {
             self.jobs.fetch_add(1, Ordering::Relaxed);
+        }
+        if job || anew {
             self.ring();
         }
         if edge {

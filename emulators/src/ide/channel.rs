@@ -161,6 +161,8 @@ pub(super) struct Channel {
     job: Option<Work>,
     /// A reset came while a job was out.
     reset: bool,
+    /// A driver has reset the channel, and the worker does not know yet.
+    anew: bool,
     /// The drive interrupts.
     interrupt: bool,
     /// The interrupt line as [`Self::take_edge`] last saw it.
@@ -189,6 +191,7 @@ impl Channel {
             buffer: Some(vec![0; BUFFER].into_boxed_slice()),
             job: None,
             reset: false,
+            anew: false,
             interrupt: false,
             line: false,
             master: BusMaster::default(),
@@ -214,6 +217,16 @@ impl Channel {
         let buffer = self.buffer.take_if(|_| self.job.is_some())?;
         let work = self.job.take()?;
         Some(Job { drive: self.active, work, buffer })
+    }
+
+    /// Whether a driver has reset the channel since the last call; to be heard before the next job.
+    pub(super) fn take_anew(&mut self) -> bool {
+        std::mem::take(&mut self.anew)
+    }
+
+    /// Whether [`Self::take_anew`] would say so.
+    pub(super) fn is_anew(&self) -> bool {
+        self.anew
     }
 
     /// Whether a job waits to be taken.
@@ -336,6 +349,7 @@ impl Channel {
         let before = self.control;
         self.control = value;
         if before & control::SRST == 0 && value & control::SRST != 0 {
+            self.anew = true;
             if self.phase == Phase::Busy {
                 self.reset = true;
             } else {

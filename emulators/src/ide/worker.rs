@@ -69,7 +69,14 @@ impl Worker {
     /// Serves the channel until it is to be stopped.
     pub(super) fn run(&mut self) -> io::Result<()> {
         while !self.port.stop.load(Ordering::Acquire) {
-            let job = self.port.lock().take_job();
+            let mut channel = self.port.lock();
+            let (anew, job) = (channel.take_anew(), channel.take_job());
+            drop(channel);
+            if anew {
+                for (_, queue) in self.disks.iter_mut().flatten() {
+                    queue.disclaim();
+                }
+            }
             match job {
                 Some(mut job) => match self.carry_out(&mut job) {
                     Ok(outcome) => {

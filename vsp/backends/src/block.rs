@@ -154,6 +154,10 @@ pub trait Queue {
 
     /// Requests taken and not ended. A worker that stops waits until it is 0.
     fn in_flight(&self) -> usize;
+
+    /// The guest's driver has started anew: what it has claimed by its writes is free again. Only a
+    /// disk with several paths knows of such claims ([`crate::paths`]). Nothing is in flight.
+    fn disclaim(&mut self) {}
 }
 
 /// What a request asks for.

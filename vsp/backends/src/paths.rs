@@ -5,8 +5,10 @@
 //! the first path that writes owns writing: whatever would change the disk is refused on any other,
 //! as if the disk were read-only there. Reads and flushes go by all.
 //!
-//! A path owns the disk until the last of its queues is gone: when the guest closes its channel, or
-//! with the machine at a reset.
+//! A path owns the disk until the last of its queues is gone, which is when the guest closes its
+//! channel or the machine is reset; or until its only queue disclaims it, when a driver has reset its
+//! controller. So what a firmware or a boot loader has written does not stand in the way of a system
+//! that takes another path.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -78,6 +80,12 @@ impl Ownership {
                     // Another thread was faster; it may work for the same path.
                     Err(owner) => owner == path,
                 }
+    }
+
+    /// `path` owns the disk no longer, if it did. Its queues are locked.
+    fn release(&self, path: usize) {
+        let (free, relaxed) = (Ordering::Release, Ordering::Relaxed);
+        let _ = self.owner.compare_exchange(path, NOBODY, free, relaxed);
     }
 
     /// Says once that there was a refusal: a guest can make as many as it likes.
@@ -153,6 +161,13 @@ impl Queue for PathQueue {
     fn in_flight(&self) -> usize {
         self.queue.as_ref().map_or(0, |queue| queue.in_flight())
     }
+
+    fn disclaim(&mut self) {
+        let queues = self.ownership.queues();
+        if queues.get(self.index) == Some(&1) {
+            self.ownership.release(self.index);
+        }
+    }
 }
 
 impl Drop for PathQueue {
@@ -162,12 +177,7 @@ impl Drop for PathQueue {
         let Some(count) = queues.get_mut(self.index) else { return };
         *count -= 1;
         if *count == 0 {
-            let _ = self.ownership.owner.compare_exchange(
-                self.index,
-                NOBODY,
-                Ordering::Release,
-                Ordering::Relaxed,
-            );
+            self.ownership.release(self.index);
         }
     }
 }
@@ -224,6 +234,8 @@ mod tests {
         assert_eq!(run(&mut second, Operation::Read, 0), Ok(512));
         assert_eq!(run(&mut second, Operation::Flush, 0), Ok(0));
         let again = queue(&*one);
+        first.1.disclaim();
+        assert_eq!(run(&mut second, WRITE, 2), Err(BlockErrorKind::ReadOnly), "there is another");
         drop(first);
         assert_eq!(run(&mut second, WRITE, 2), Err(BlockErrorKind::ReadOnly), "one is left");
         drop(again);
@@ -232,6 +244,10 @@ mod tests {
         assert_eq!(byte, [1]);
         assert_eq!(run(&mut second, WRITE, 2), Ok(512));
         assert_eq!(run(&mut queue(&*one), WRITE, 1), Err(BlockErrorKind::ReadOnly));
+        queue(&*one).1.disclaim();
+        assert_eq!(run(&mut queue(&*one), WRITE, 1), Err(BlockErrorKind::ReadOnly), "not its own");
+        second.1.disclaim();
+        assert_eq!(run(&mut queue(&*one), WRITE, 1), Ok(512));
     }
 
     #[test]
@@ -259,6 +275,7 @@ mod tests {
     enum Step {
         Open(usize),
         Close(usize),
+        Disclaim(usize),
         Do(usize, Operation),
     }
 
@@ -272,6 +289,7 @@ mod tests {
         prop_oneof![
             (0..2_usize).prop_map(Step::Open),
             (0..2_usize).prop_map(Step::Close),
+            (0..2_usize).prop_map(Step::Disclaim),
             (0..2_usize, operation).prop_map(|(path, operation)| Step::Do(path, operation)),
         ]
     }
@@ -292,6 +310,12 @@ mod tests {
                         queues[path].pop();
                         if queues[path].is_empty() && owner == Some(path) {
                             owner = None;
+                        }
+                    }
+                    Step::Disclaim(path) => {
+                        if let [queue] = &mut queues[path][..] {
+                            queue.1.disclaim();
+                            owner = owner.filter(|owner| *owner != path);
                         }
                     }
                     Step::Do(path, operation) => {
