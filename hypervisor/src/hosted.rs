@@ -197,7 +197,7 @@ impl Partition for HostedPartition {
     }
 
     fn interrupt_line(&self, _: u32) -> Result<Arc<dyn InterruptLine>, PartitionError> {
-        Ok(Arc::new(NoLine))
+        Ok(Arc::new(Line(Arc::clone(&self.synic))))
     }
 
     fn run(&mut self, ports: &Arc<Bus>, _: &Arc<Bus>, sink: &Arc<dyn MessageSink>) -> StopReason {
@@ -244,11 +244,18 @@ impl Drop for HostedPartition {
     }
 }
 
-/// There are no interrupt controllers here: who wants to know of a device has to ask it.
-struct NoLine;
+/// There are no interrupt controllers here: each line's rising edge is the process's one interrupt,
+/// and who wants to know of which device it is has to ask.
+struct Line(Arc<HostedSynic>);
 
-impl InterruptLine for NoLine {
-    fn pulse(&self) {}
+impl InterruptLine for Line {
+    fn pulse(&self) {
+        self.0.interrupt();
+    }
 
-    fn set_level(&self, _: bool) {}
+    fn set_level(&self, high: bool) {
+        if high {
+            self.0.interrupt();
+        }
+    }
 }

@@ -51,6 +51,8 @@ const TESTS: &[Test] = &tests!(
     a_message_interrupts,
     a_busy_slot_is_told_when_it_is_free,
     an_event_flag_interrupts,
+    strings_go_to_memory_that_is_there,
+    a_rising_line_interrupts,
     reference_time_goes_on,
     memory_is_shared,
     a_killed_guest_ends_the_run,
@@ -401,6 +403,61 @@ mod an_event_flag_interrupts {
         guest.store(WORD, &[0]);
         guest.step(2);
         guest.0.halt();
+        guest.end();
+    }
+}
+
+mod strings_go_to_memory_that_is_there {
+    use super::*;
+
+    pub(super) fn root(mut partition: HostedPartition) {
+        let counters = partition.exit_counters();
+        let reports = run(&mut partition, &Arc::default(), |_| {});
+        assert_eq!(reports, [1, u64::MAX, u64::MAX, 0x77, 0, 0]);
+        // The first string is one intercept for each 4096 bytes; two are faults.
+        assert_eq!(counters[0].get(ExitKind::PortRead), 2 + 2);
+        // Six reports of a string each, the end, and what was written in a row.
+        assert_eq!(counters[0].get(ExitKind::PortWrite), 6 + 1 + 40);
+    }
+
+    pub(super) fn guest(guest: &Guest) {
+        // More than are ever under way at once.
+        guest.0.port_writes((0..40).map(|value| (0x3333, value)));
+        const LEN: usize = 4096 + 512;
+        let last = DATA + LEN - 8;
+        guest.store(last + 8, &[0x77, 0]);
+        guest.report(guest.0.port_read_string(0x3333, 4, DATA as u64, LEN).into());
+        for at in [DATA, last, last + 8] {
+            guest.report(guest.load(at));
+        }
+        guest.report(guest.0.port_read_string(0x3333, 4, MEMORY - 4, 8).into());
+        guest.report(guest.0.port_read_string(0x3333, 2, u64::MAX - 1, 2).into());
+        guest.end();
+    }
+}
+
+mod a_rising_line_interrupts {
+    use super::*;
+
+    pub(super) fn root(mut partition: HostedPartition) {
+        let line = partition.interrupt_line(14).unwrap();
+        let reports = run(&mut partition, &Arc::default(), move |step| match step {
+            1 => line.set_level(true),
+            2 => line.set_level(false),
+            _ => line.pulse(),
+        });
+        assert_eq!(reports, [1, 2]);
+    }
+
+    pub(super) fn guest(guest: &Guest) {
+        guest.step(1);
+        guest.0.halt();
+        guest.report(guest.0.interrupts());
+        // Going down is nothing to wake up for, and so the next halt ends by the pulse.
+        guest.step(2);
+        guest.step(3);
+        guest.0.halt();
+        guest.report(guest.0.interrupts());
         guest.end();
     }
 }

@@ -76,7 +76,7 @@ mod tests {
 
     /// Packets that are intercepts, or nearly.
     fn packet() -> impl Strategy<Value = Vec<u8>> {
-        let word = || prop_oneof![any::<u32>(), 0_u32..8, 0x4000_0000_u32..0x4000_0200];
+        let word = || prop_oneof![any::<u32>(), 0_u32..9, 0x4000_0000_u32..0x4000_0200];
         let value =
             || prop_oneof![any::<u64>(), 0_u64..0x2_0000, Just(0x5c), Just(0x5d), Just(0x1_005d)];
         (word(), word(), 0_u32..5, value(), value(), 0_usize..9).prop_map(

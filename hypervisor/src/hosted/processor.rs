@@ -31,6 +31,10 @@ pub struct Processor {
 /// The socket to the root, which the process was given as its standard input.
 const SOCKET: u32 = 0;
 
+/// Intercepts that are sent before the first's answer is there. The root never waits for room for
+/// an answer, and a socket has room for more than these.
+const PIPELINED: usize = 16;
+
 /// RCX of a fast *signal event*.
 const FAST_SIGNAL_EVENT: u64 = 0x1_005d;
 
@@ -96,6 +100,33 @@ impl Processor {
         for data in data.chunks(STRING) {
             self.intercept(&Intercept::PortWrite { port, width, data });
         }
+    }
+
+    /// Several `out`s of one byte each, in order. They are all on their way before the first answer
+    /// is waited for.
+    pub fn port_writes(&self, writes: impl IntoIterator<Item = (u16, u8)>) {
+        let mut answers = 0;
+        for (port, value) in writes {
+            if answers == PIPELINED {
+                self.reply();
+                answers -= 1;
+            }
+            self.send(&Intercept::PortWrite { port, width: 1, data: &[value] });
+            answers += 1;
+        }
+        for _ in 0..answers {
+            self.reply();
+        }
+    }
+
+    /// `rep ins`: fills `len` bytes of the partition's memory, from the address `gpa` on, from
+    /// `port`, `width` bytes (1, 2 or 4) at a time. False is a fault: there is no such memory.
+    pub fn port_read_string(&self, port: u16, width: usize, gpa: u64, len: usize) -> bool {
+        (0..len).step_by(STRING).all(|at| {
+            let gpa = gpa.saturating_add(at as u64);
+            let len = (len - at).min(STRING);
+            self.intercept(&Intercept::PortReadString { port, width, gpa, len }).is_some()
+        })
     }
 
     /// [`Self::port_write`] from wherever the process comes to grief, such as a panic's hook: needs
@@ -191,9 +222,17 @@ impl Processor {
 
     /// Has the root do it, and waits for its reply; `None` is a fault.
     fn intercept(&self, intercept: &Intercept<'_>) -> Option<u64> {
+        self.send(intercept);
+        self.reply()
+    }
+
+    fn send(&self, intercept: &Intercept<'_>) {
         if intercept.send(socket()).is_err() {
             end();
         }
+    }
+
+    fn reply(&self) -> Option<u64> {
         loop {
             if let Some(reply) = self.obey() {
                 return reply;

@@ -85,6 +85,11 @@ impl HostedSynic {
         }
     }
 
+    /// A device has something to say that is no message and no event.
+    pub(super) fn interrupt(&self) {
+        self.pages.raise(VP);
+    }
+
     /// A *signal event* that did not take the doorbell.
     pub(super) fn signal(&self, connection: ConnectionId) -> HvStatus {
         match self.bound().get(&connection) {

@@ -9,7 +9,7 @@ use zerocopy::IntoBytes;
 
 use super::confine::{Confinement, Step};
 use super::synic::HostedSynic;
-use super::wire::{Garbage, Intercept, LONGEST, Order};
+use super::wire::{Garbage, Intercept, LONGEST, Order, STRING};
 use crate::hypercall::Hypercall;
 use crate::partition::ExitKind;
 use crate::reference_time::ReferenceClock;
@@ -133,10 +133,15 @@ impl HostedVp {
                 (ExitKind::PortRead, Ok(u64::from_le_bytes(value)))
             }
             Intercept::PortWrite { port, width, data } => {
-                for element in data.chunks_exact(width) {
-                    ports.write(port.into(), element);
+                if data.len() == width {
+                    ports.write(port.into(), data);
+                } else {
+                    ports.write_string(port.into(), width, data);
                 }
                 (ExitKind::PortWrite, Ok(0))
+            }
+            Intercept::PortReadString { port, width, gpa, len } => {
+                (ExitKind::PortRead, self.read_string(ports, port, width, (gpa, len)))
             }
             Intercept::RegisterRead { register } => (ExitKind::Register, self.read(register)),
             Intercept::RegisterWrite { register, value } => {
@@ -149,6 +154,22 @@ impl HostedVp {
         };
         self.counters.count(kind);
         Ok(reply)
+    }
+
+    /// As on a processor, memory that is not there is a fault before anything was read.
+    fn read_string(
+        &self,
+        ports: &Bus,
+        port: u16,
+        width: usize,
+        (gpa, len): (u64, usize),
+    ) -> Result<u64, GeneralProtection> {
+        let memory = self.memory.slice(Gpa(gpa), len).ok_or(GeneralProtection)?;
+        let mut bytes = [0; STRING];
+        let bytes = bytes.get_mut(..len).ok_or(GeneralProtection)?;
+        ports.read_string(port.into(), width, bytes);
+        memory.copy_from(bytes);
+        Ok(0)
     }
 
     fn read(&self, register: u32) -> Result<u64, GeneralProtection> {

@@ -16,7 +16,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::synic::ConnectionId;
 
-/// Bytes that one intercept can write to a port in a row (`rep outs`).
+/// Bytes that one intercept can move to or from a port in a row (`rep outs`, `rep ins`).
 pub(super) const STRING: usize = 4096;
 
 /// Bytes of the longest packet that goes up.
@@ -45,6 +45,7 @@ mod kind {
     pub(super) const REGISTER_READ: u32 = 5;
     pub(super) const REGISTER_WRITE: u32 = 6;
     pub(super) const HYPERCALL: u32 = 7;
+    pub(super) const PORT_READ_STRING: u32 = 8;
 
     pub(super) const START: u32 = 0x81;
     pub(super) const DONE: u32 = 0x82;
@@ -64,6 +65,8 @@ pub(super) enum Intercept<'a> {
     PortRead { port: u16, width: usize },
     /// `out`, as often in a row as `data` has room for `width`.
     PortWrite { port: u16, width: usize, data: &'a [u8] },
+    /// `rep ins`: `len` bytes from the port go to memory at `gpa`.
+    PortReadString { port: u16, width: usize, gpa: u64, len: usize },
     /// `rdmsr`
     RegisterRead { register: u32 },
     /// `wrmsr`
@@ -95,10 +98,14 @@ impl<'a> Intercept<'a> {
         }
         let (header, data) = Header::read_from_prefix(packet).map_err(|_| length)?;
         let Header { kind, index, width, reserved: _, values: [first, second] } = header;
-        let no_access = Garbage::Port { port: index, width, len: data.len() };
+        let no_access = |len| Garbage::Port { port: index, width, len };
         let port = || match (u16::try_from(index), width) {
             (Ok(port), 1 | 2 | 4) => Ok((port, width as usize)),
-            _ => Err(no_access),
+            _ => Err(no_access(data.len())),
+        };
+        let string = |width, len| {
+            let possible = (1..=STRING).contains(&len) && len.is_multiple_of(width);
+            if possible { Ok(len) } else { Err(no_access(len)) }
         };
         if kind != kind::PORT_WRITE && !data.is_empty() {
             return Err(length);
@@ -112,10 +119,13 @@ impl<'a> Intercept<'a> {
             }
             kind::PORT_WRITE => {
                 let (port, width) = port()?;
-                if data.is_empty() || !data.len().is_multiple_of(width) {
-                    return Err(no_access);
-                }
+                string(width, data.len())?;
                 Self::PortWrite { port, width, data }
+            }
+            kind::PORT_READ_STRING => {
+                let (port, width) = port()?;
+                let len = string(width, usize::try_from(second).unwrap_or(usize::MAX))?;
+                Self::PortReadString { port, width, gpa: first, len }
             }
             kind::REGISTER_READ => Self::RegisterRead { register: index },
             kind::REGISTER_WRITE => Self::RegisterWrite { register: index, value: first },
@@ -134,6 +144,9 @@ impl<'a> Intercept<'a> {
             Self::PortRead { port, width } => (kind::PORT_READ, port.into(), width, [0; 2], &[]),
             Self::PortWrite { port, width, data } => {
                 (kind::PORT_WRITE, port.into(), width, [0; 2], data)
+            }
+            Self::PortReadString { port, width, gpa, len } => {
+                (kind::PORT_READ_STRING, port.into(), width, [gpa, len as u64], &[])
             }
             Self::RegisterRead { register } => (kind::REGISTER_READ, register, 0, [0; 2], &[]),
             Self::RegisterWrite { register, value } => {
@@ -271,6 +284,7 @@ mod tests {
             Intercept::PortRead { port: 0xffff, width: 4 },
             Intercept::PortWrite { port: 0x3f8, width: 1, data: b"hello" },
             Intercept::PortWrite { port: 0x1f0, width: 4, data: &[1; STRING] },
+            Intercept::PortReadString { port: 0x1f0, width: 4, gpa: 0x12_3000, len: STRING },
             Intercept::RegisterRead { register: 0x4000_0080 },
             Intercept::RegisterWrite { register: 0x4000_0084, value: u64::MAX },
             Intercept::Hypercall { control: 0x1_005d, input: 0x2001 },
@@ -315,6 +329,14 @@ mod tests {
             let garbage = Garbage::Port { port, width, len };
             assert_eq!(parse(&packet(kind::PORT_WRITE, port, width, &vec![0; len])), garbage);
         }
+        // The packets of this test say that a string is 8 bytes long.
+        let garbage = Garbage::Port { port: 1, width: 3, len: 0 };
+        assert_eq!(parse(&packet(kind::PORT_READ_STRING, 1, 3, &[])), garbage);
+        let mut string = packet(kind::PORT_READ_STRING, 1, 4, &[]);
+        for len in [0, 9, STRING + 4] {
+            string[24..28].copy_from_slice(&(len as u32).to_le_bytes());
+            assert_eq!(parse(&string), Garbage::Port { port: 1, width: 4, len });
+        }
     }
 
     proptest! {
@@ -331,6 +353,9 @@ mod tests {
             bytes.truncate(cut);
             match Intercept::parse(&bytes) {
                 Ok(Intercept::PortRead { width, .. }) => prop_assert!([1, 2, 4].contains(&width)),
+                Ok(Intercept::PortReadString { width, len, .. }) => {
+                    prop_assert!(len > 0 && len <= STRING && len % width == 0);
+                }
                 Ok(Intercept::PortWrite { width, data, .. }) => {
                     prop_assert!(!data.is_empty() && data.len() % width == 0);
                 }
