@@ -3,14 +3,14 @@
 
 #![allow(unsafe_code)] // The processor's memory becomes the guest's pages.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use guest_drivers::boot::{BootParameters, CONSOLE_PORT, EXIT_PORT};
 use guest_drivers::json::Object;
 use guest_drivers::memory::{PAGE, Pages};
-use guest_drivers::platform::{Message, Platform, PlatformCounters};
+use guest_drivers::platform::{Message, Platform, PlatformCounters, PortWrite, Ports};
 use guest_drivers::runner;
 use hypervisor::hosted::{GuestProgram, Processor};
 use hypervisor::synic::ConnectionId;
@@ -121,6 +121,48 @@ impl HostedGuest {
     /// A word of the pages that the hypervisor writes to.
     fn word(memory: &VolatileSlice<'_>, offset: usize) -> u32 {
         memory.get_atomic_ref::<AtomicU32>(offset).map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+}
+
+/// A process is interrupted by whatever device has something to say, so it need not listen.
+impl Ports for HostedGuest {
+    fn read_8(&self, port: u16) -> u8 {
+        let mut data = [0];
+        self.processor.port_read(port, &mut data);
+        u8::from_le_bytes(data)
+    }
+
+    fn read_32(&self, port: u16) -> u32 {
+        let mut data = [0; 4];
+        self.processor.port_read(port, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write_8(&self, writes: &[PortWrite]) {
+        self.processor.port_writes(writes.iter().map(|write| (write.port, write.value)));
+    }
+
+    fn write_32(&self, port: u16, value: u32) {
+        self.processor.port_write(port, 4, &value.to_le_bytes());
+    }
+
+    fn read_string(&self, port: u16, words: &[AtomicU64]) {
+        let memory = self.processor.memory_start();
+        let gpa = words.as_ptr().addr().wrapping_sub(memory.as_ptr().addr());
+        self.processor.port_read_string(port, 4, gpa as u64, size_of_val(words));
+    }
+
+    fn write_string(&self, port: u16, words: &[AtomicU64]) {
+        // The root reads from the message, so that nobody changes it meanwhile.
+        let mut bytes = [0; PAGE];
+        for words in words.chunks(PAGE / 8) {
+            for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
+                to.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
+            }
+            if let Some(bytes) = bytes.get(..size_of_val(words)) {
+                self.processor.port_write(port, 4, bytes);
+            }
+        }
     }
 }
 

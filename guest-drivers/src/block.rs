@@ -5,6 +5,7 @@ use core::fmt;
 use thiserror::Error;
 use vsc::storvsc::{Failure as ScsiFailure, Fault, IdentifyError, SubmitError};
 
+use crate::ide::{AtaFailure, IdeFault};
 use crate::memory::Pages;
 use crate::storvsc::SideChannels;
 
@@ -30,11 +31,11 @@ impl<const N: usize> fmt::Debug for Name<N> {
 /// A disk, and how its driver takes requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// By which kind of device it was found: `storvsc`.
+    /// By what it is driven: `storvsc`, `ide-dma` or `ide-pio`.
     pub driver: &'static str,
-    /// Which of those devices, from 0.
+    /// Which SCSI controller or which IDE channel, from 0.
     pub controller: u8,
-    /// Its logical unit there.
+    /// Its logical unit there; on an IDE channel, which drive.
     pub lun: u8,
     /// Who made it.
     pub vendor: Name<8>,
@@ -100,6 +101,9 @@ pub enum Failure {
     /// The SCSI unit says so.
     #[error(transparent)]
     Scsi(#[from] ScsiFailure),
+    /// The ATA drive says so.
+    #[error(transparent)]
+    Ata(#[from] AtaFailure),
 }
 
 /// Why a disk cannot be used, or not any more.
@@ -114,6 +118,9 @@ pub enum BlockError {
     /// The disk does not say what it is.
     #[error(transparent)]
     Identify(#[from] IdentifyError),
+    /// The IDE channel or its drive is broken.
+    #[error(transparent)]
+    Ide(#[from] IdeFault),
     /// A request that makes no sense.
     #[error("a request has memory if and only if it transfers blocks, and enough of it")]
     Request,
@@ -147,6 +154,11 @@ pub trait BlockDriver<'m> {
 
     /// Sleeps until there may be something to poll.
     fn sleep(&mut self);
+
+    /// Whether a look at the disk is an intercept, so that who waits had better sleep at once.
+    fn looks_cost(&self) -> bool {
+        false
+    }
 
     /// What has been counted.
     fn counters(&self) -> BlockCounters;

@@ -4,7 +4,8 @@
 //! - [`platform`] is all that it needs from the world. The image's platform is a bare processor
 //!   under a hypervisor; a test's is a thread with the other end of the bus in the same process.
 //! - [`bus`] brings the VMBus up and opens channels.
-//! - [`block`] is what a driver of a disk is; [`storvsc`] is the one for synthetic SCSI.
+//! - [`block`] is what a driver of a disk is; [`storvsc`] is the one for synthetic SCSI, and [`ide`]
+//!   the one for ATA disks on a PC's IDE channels, which it finds by [`pci`].
 //! - [`work`] reads from the command line what is to be done; [`runner`] does it, and says what
 //!   came out of each in one line of JSON.
 //! - [`boot`] is what a VMM and the image have agreed on.
@@ -20,8 +21,10 @@ extern crate std;
 pub mod block;
 pub mod boot;
 pub mod bus;
+pub mod ide;
 pub mod json;
 pub mod memory;
+pub mod pci;
 pub mod platform;
 pub mod runner;
 pub mod storvsc;

@@ -1,5 +1,7 @@
 //! All that the guest needs from the world.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use vmbus::client::{HvStatus, Hypercalls};
 
 use crate::memory::Pages;
@@ -42,10 +44,56 @@ pub struct PlatformCounters {
     pub interrupts: u64,
 }
 
+/// A write of 8 bits to a port, as one of several in a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct PortWrite {
+    /// Where to.
+    pub port: u16,
+    /// What.
+    pub value: u8,
+}
+
+/// A PC's ports, and the interrupts of the devices behind them. What is written here already is a
+/// machine without any: reads give ones, and writes go nowhere.
+///
+/// Every access may be an intercept, which costs more than anything else that a driver does.
+pub trait Ports {
+    /// `in`, 8 bits.
+    fn read_8(&self, _port: u16) -> u8 {
+        u8::MAX
+    }
+
+    /// `in`, 32 bits.
+    fn read_32(&self, _port: u16) -> u32 {
+        u32::MAX
+    }
+
+    /// Several `out`s of 8 bits, in order.
+    fn write_8(&self, _writes: &[PortWrite]) {}
+
+    /// `out`, 32 bits.
+    fn write_32(&self, _port: u16, _value: u32) {}
+
+    /// `rep insd`: fills `words`, which lie in [`Platform::memory`], 32 bits at a time.
+    fn read_string(&self, _port: u16, words: &[AtomicU64]) {
+        for word in words {
+            word.store(u64::MAX, Ordering::Relaxed);
+        }
+    }
+
+    /// `rep outsd`: writes `words`, which lie in [`Platform::memory`], 32 bits at a time.
+    fn write_string(&self, _port: u16, _words: &[AtomicU64]) {}
+
+    /// From now on the rising edge of an ISA interrupt ends a [sleep](Platform::idle), as a message
+    /// or an event does.
+    fn listen(&self, _irq: u8) {}
+}
+
 /// The world of one guest, as one of its processors sees it.
 ///
 /// Everything works through a shared reference: several drivers have one each.
-pub trait Platform {
+pub trait Platform: Ports {
     /// The memory that the guest may share with the root. It is one run of pages, always the same;
     /// whoever asks first parts it.
     fn memory(&self) -> Pages<'_>;
@@ -60,7 +108,8 @@ pub trait Platform {
     /// another waits for the slot.
     fn take_message(&self) -> Option<Message>;
 
-    /// Sleeps until there is a message or an event, and then clears all event flags of the VMBus's
+    /// Sleeps until there is a message, an event or an interrupt that the guest
+    /// [listens](Ports::listen) for, and then clears all event flags of the VMBus's
     /// SINT: whoever has slept looks into the rings. Returns at once if an interrupt came since the
     /// last time, and may return without cause.
     ///

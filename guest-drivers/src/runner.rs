@@ -3,6 +3,7 @@
 //! ```text
 //! {"event":"connected","bus":"vmbus","version":"5.3","offers":1}
 //! {"event":"opened","channel":1,"driver":"storvsc","controller":0,"disks":1,"channels":1}
+//! {"event":"found","driver":"ide","controller":0,"disks":1}
 //! {"begin":"verify disk=0"}
 //! {"result":"verify","disk":0,"bytes":16777216, … }
 //! ```
@@ -10,6 +11,7 @@
 //! What goes wrong is a line with `error` in it, and ends the run.
 
 mod bench;
+mod checksum;
 mod flow;
 mod parts;
 mod random;
@@ -23,6 +25,7 @@ use vmbus::vstor::SCSI_CLASS;
 
 use crate::block::{BlockDriver, BlockError, Failure};
 use crate::bus::{Bus, BusError};
+use crate::ide::{self, Transfer};
 use crate::json::Object;
 use crate::memory::Pages;
 use crate::platform::Platform;
@@ -67,6 +70,9 @@ pub enum RunError {
         /// As many as there are, or as have a channel to the disk.
         found: usize,
     },
+    /// A synthetic disk, asked to be an IDE disk.
+    #[error("disk {0} is a synthetic one; transfer= says how an IDE disk's data goes")]
+    NoIde(u32),
     /// Too little memory for the work.
     #[error("the work takes {needed} pages of memory, and there are {available}")]
     Memory {
@@ -171,20 +177,26 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
             Work::Identify { disk } => {
                 let all = 0..u32::try_from(disks.count).unwrap_or(u32::MAX);
                 for number in disk.map_or(all, |disk| disk..disk.saturating_add(1)) {
-                    disks.with(number, |disk| {
+                    disks.with(number, None, |disk| {
                         tell(platform, identify(number, disk));
                         Ok(())
                     })?;
                 }
             }
             Work::Verify(verify) => {
-                disks.with(verify.disk, |disk| {
+                disks.with(verify.disk, verify.transfer, |disk| {
                     tell(platform, verify.run(platform, disk, memory)?);
                     Ok(())
                 })?;
             }
+            Work::Checksum(checksum) => {
+                disks.with(checksum.disk, checksum.transfer, |disk| {
+                    tell(platform, checksum.run(platform, disk, memory)?);
+                    Ok(())
+                })?;
+            }
             Work::Bench(bench) => {
-                disks.with(bench.disk, |disk| {
+                disks.with(bench.disk, bench.transfer, |disk| {
                     tell(platform, bench.run(platform, disk, memory)?);
                     Ok(())
                 })?;
@@ -210,11 +222,12 @@ fn identify(number: u32, disk: &dyn BlockDriver<'_>) -> Object {
         .number("max_transfer", identity.max_transfer)
 }
 
-/// All disks of the machine, in the order of their controllers.
+/// All disks of the machine: those of its SCSI controllers, and then those of its IDE channels.
 struct Disks<'w, P: Platform> {
     controllers: [Option<Controller<'w, P>>; CONTROLLERS],
     /// Bit `n` for unit `n`, for each controller.
     units: [u64; CONTROLLERS],
+    channels: [Option<ide::Channel<'w, P>>; 2],
     count: usize,
 }
 
@@ -227,8 +240,12 @@ impl<'w, P: Platform> Disks<'w, P> {
         let mut channels = [Relid(0); CONTROLLERS];
         let found = bus.devices(SCSI_CLASS).zip(&mut channels).map(|(relid, place)| *place = relid);
         let found = found.count();
-        let mut disks =
-            Self { controllers: [const { None }; CONTROLLERS], units: [0; 4], count: 0 };
+        let mut disks = Self {
+            controllers: [const { None }; CONTROLLERS],
+            units: [0; CONTROLLERS],
+            channels: [const { None }; 2],
+            count: 0,
+        };
         let places = disks.controllers.iter_mut().zip(&mut disks.units);
         for ((index, relid), (place, units)) in (0..).zip(channels).take(found).zip(places) {
             let ring = memory.take(RING_PAGES).ok_or(BusError::Memory)?;
@@ -254,13 +271,28 @@ impl<'w, P: Platform> Disks<'w, P> {
                     .number("channels", channels),
             );
         }
+        disks.channels = ide::find(platform, memory)?;
+        for (index, channel) in disks.channels.iter().enumerate() {
+            let Some(channel) = channel else { continue };
+            let count = channel.disks().count();
+            disks.count += count;
+            tell(
+                platform,
+                Object::default()
+                    .string("event", "found")
+                    .string("driver", "ide")
+                    .number("controller", index)
+                    .number("disks", count),
+            );
+        }
         Ok(disks)
     }
 
-    /// Lets `work` have disk `number`.
+    /// Lets `work` have disk `number`, driven as `transfer` says if it is an IDE disk.
     fn with(
         &mut self,
         number: u32,
+        transfer: Option<Transfer>,
         work: impl FnOnce(&mut dyn BlockDriver<'w>) -> Result<(), RunError>,
     ) -> Result<(), RunError> {
         let mut before = number;
@@ -270,7 +302,19 @@ impl<'w, P: Platform> Disks<'w, P> {
             for lun in (0..LUNS as u8).filter(|lun| units & 1 << lun != 0) {
                 if before > 0 {
                     before -= 1;
+                } else if transfer.is_some() {
+                    return Err(RunError::NoIde(number));
                 } else if let Some(mut disk) = controller.disk(lun)? {
+                    return work(&mut disk);
+                }
+            }
+        }
+        let transfer = transfer.unwrap_or(Transfer::Dma);
+        for channel in self.channels.iter_mut().flatten() {
+            for drive in channel.disks() {
+                if before > 0 {
+                    before -= 1;
+                } else if let Some(mut disk) = channel.disk(drive, transfer)? {
                     return work(&mut disk);
                 }
             }

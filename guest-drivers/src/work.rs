@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::block::MAX_DEPTH;
 use crate::boot::MAX_VPS;
+use crate::ide::Transfer;
 
 /// The longest transfer that can be asked for.
 const MAX_BLOCK: u64 = 128 << 10;
@@ -25,6 +26,8 @@ pub enum Work {
     },
     /// Write a pattern, read it back, compare. What was on the disk is gone.
     Verify(Verify),
+    /// Read, and say what the sum of it is.
+    Checksum(Checksum),
     /// Measure.
     Bench(Bench),
 }
@@ -44,6 +47,23 @@ pub struct Verify {
     pub seed: u64,
     /// Processors that share the work, each with so many requests in flight.
     pub vps: u16,
+    /// How an IDE disk's data goes.
+    pub transfer: Option<Transfer>,
+}
+
+/// Settings of `checksum`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checksum {
+    /// Which disk, counted as `identify` does.
+    pub disk: u32,
+    /// How much, from the disk's start; or all of it, if that is less.
+    pub bytes: u64,
+    /// Bytes of a request.
+    pub bs: u32,
+    /// Requests in flight.
+    pub depth: u16,
+    /// How an IDE disk's data goes.
+    pub transfer: Option<Transfer>,
 }
 
 /// Settings of `bench`.
@@ -65,6 +85,8 @@ pub struct Bench {
     pub spin: u64,
     /// Processors that share the work, each with so many requests in flight.
     pub vps: u16,
+    /// How an IDE disk's data goes.
+    pub transfer: Option<Transfer>,
 }
 
 /// An order of blocks.
@@ -109,10 +131,10 @@ impl Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum WorkError<'a> {
     /// Nothing to do.
-    #[error("there is no work; say identify, verify or bench")]
+    #[error("there is no work; say identify, verify, checksum or bench")]
     Nothing,
     /// An unknown task.
-    #[error("'{0}' is no work; say identify, verify or bench")]
+    #[error("'{0}' is no work; say identify, verify, checksum or bench")]
     Task(&'a str),
     /// A word without an equals sign.
     #[error("'{0}' is not KEY=VALUE")]
@@ -139,8 +161,9 @@ pub enum WorkError<'a> {
     },
 }
 
-const VERIFY_KEYS: &str = "disk, bytes, bs, depth, seed, vps";
-const BENCH_KEYS: &str = "disk, pattern, rw, bs, depth, time, spin, vps";
+const VERIFY_KEYS: &str = "disk, transfer, bytes, bs, depth, seed, vps";
+const CHECKSUM_KEYS: &str = "disk, transfer, bytes, bs, depth";
+const BENCH_KEYS: &str = "disk, transfer, pattern, rw, bs, depth, time, spin, vps";
 
 /// The tasks of `line`, in order.
 pub fn parse(line: &str) -> impl Iterator<Item = Result<Work, WorkError<'_>>> {
@@ -159,6 +182,7 @@ fn parse_task(task: &str) -> Result<Work, WorkError<'_>> {
     match name {
         "identify" => identify(settings),
         "verify" => verify(settings),
+        "checksum" => checksum(settings),
         "bench" => bench(settings),
         other => Err(WorkError::Task(other)),
     }
@@ -188,12 +212,14 @@ fn verify<'a>(
         depth: 8,
         seed: 0x5061_7274_6974_6121,
         vps: 1,
+        transfer: None,
     };
     for setting in settings {
         let setting = setting?;
         match setting.key {
             "disk" => verify.disk = setting.disk()?,
-            "bytes" => verify.bytes = setting.size(1..=u64::MAX, "a size such as 16M")?,
+            "transfer" => verify.transfer = Some(setting.transfer()?),
+            "bytes" => verify.bytes = setting.bytes()?,
             "bs" => verify.bs = setting.block()?,
             "depth" => verify.depth = setting.depth()?,
             "seed" => verify.seed = setting.size(0..=u64::MAX, "a number")?,
@@ -202,6 +228,25 @@ fn verify<'a>(
         }
     }
     Ok(Work::Verify(verify))
+}
+
+fn checksum<'a>(
+    settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
+) -> Result<Work, WorkError<'a>> {
+    let mut checksum =
+        Checksum { disk: 0, bytes: 16 << 20, bs: 64 << 10, depth: 8, transfer: None };
+    for setting in settings {
+        let setting = setting?;
+        match setting.key {
+            "disk" => checksum.disk = setting.disk()?,
+            "transfer" => checksum.transfer = Some(setting.transfer()?),
+            "bytes" => checksum.bytes = setting.bytes()?,
+            "bs" => checksum.bs = setting.block()?,
+            "depth" => checksum.depth = setting.depth()?,
+            _ => return Err(setting.unknown("checksum", CHECKSUM_KEYS)),
+        }
+    }
+    Ok(Work::Checksum(checksum))
 }
 
 fn bench<'a>(
@@ -216,11 +261,13 @@ fn bench<'a>(
         time: 1_000_000_000,
         spin: 100_000,
         vps: 1,
+        transfer: None,
     };
     for setting in settings {
         let setting = setting?;
         match (setting.key, setting.value) {
             ("disk", _) => bench.disk = setting.disk()?,
+            ("transfer", _) => bench.transfer = Some(setting.transfer()?),
             ("pattern", "seq") => bench.pattern = Pattern::Sequential,
             ("pattern", "rand") => bench.pattern = Pattern::Random,
             ("pattern", _) => return Err(setting.impossible("seq or rand")),
@@ -284,6 +331,18 @@ impl<'a> Setting<'a> {
         self.value.parse().map_err(|_| self.impossible("the number of a disk, from 0"))
     }
 
+    fn transfer(self) -> Result<Transfer, WorkError<'a>> {
+        match self.value {
+            "dma" => Ok(Transfer::Dma),
+            "pio" => Ok(Transfer::Pio),
+            _ => Err(self.impossible("dma or pio, for a disk on an IDE channel")),
+        }
+    }
+
+    fn bytes(self) -> Result<u64, WorkError<'a>> {
+        self.size(1..=u64::MAX, "a size such as 16M")
+    }
+
     fn block(self) -> Result<u32, WorkError<'a>> {
         const ALLOWED: &str = "a multiple of 512 up to 128k";
         let size = self.size(512..=MAX_BLOCK, ALLOWED)?;
@@ -321,7 +380,8 @@ mod tests {
     #[test]
     fn a_line_with_everything() {
         let line = " identify; identify disk=2 ;verify disk=1 bytes=1M bs=512 depth=2 seed=7 vps=3;\
-                    bench pattern=seq rw=write bs=128k depth=64 time=2s spin=0us disk=3;";
+                    bench pattern=seq rw=write bs=128k depth=64 time=2s spin=0us disk=3 \
+                    transfer=dma; checksum disk=1 transfer=pio;";
         let works: Vec<_> = parse(line).collect::<Result<_, _>>().unwrap();
         assert_eq!(
             works,
@@ -334,7 +394,8 @@ mod tests {
                     bs: 512,
                     depth: 2,
                     seed: 7,
-                    vps: 3
+                    vps: 3,
+                    transfer: None,
                 }),
                 Work::Bench(Bench {
                     disk: 3,
@@ -345,6 +406,14 @@ mod tests {
                     time: 2_000_000_000,
                     spin: 0,
                     vps: 1,
+                    transfer: Some(Transfer::Dma),
+                }),
+                Work::Checksum(Checksum {
+                    disk: 1,
+                    bytes: 16 << 20,
+                    bs: 64 << 10,
+                    depth: 8,
+                    transfer: Some(Transfer::Pio),
                 }),
             ]
         );
@@ -356,9 +425,12 @@ mod tests {
 
     #[test]
     fn refusals_say_what_would_be_right() {
-        assert_eq!(refusal(""), "there is no work; say identify, verify or bench");
-        assert_eq!(refusal(" ; "), "there is no work; say identify, verify or bench");
-        assert_eq!(refusal("format"), "'format' is no work; say identify, verify or bench");
+        assert_eq!(refusal(""), "there is no work; say identify, verify, checksum or bench");
+        assert_eq!(refusal(" ; "), "there is no work; say identify, verify, checksum or bench");
+        assert_eq!(
+            refusal("format"),
+            "'format' is no work; say identify, verify, checksum or bench"
+        );
         assert_eq!(refusal("verify fast"), "'fast' is not KEY=VALUE");
         assert_eq!(refusal("identify lun=0"), "identify knows no 'lun'; it knows disk");
         assert_eq!(
@@ -370,6 +442,10 @@ mod tests {
         assert_eq!(
             refusal("bench time=5"),
             "time=5 is not possible; time is a time such as 500ms, up to 3600s"
+        );
+        assert_eq!(
+            refusal("checksum transfer=udma"),
+            "transfer=udma is not possible; transfer is dma or pio, for a disk on an IDE channel"
         );
         assert_eq!(
             refusal("identify; verify bytes=-1"),

@@ -11,7 +11,7 @@ use backends::ram::RamDisk;
 use backends::testing::{FaultyDisk, Rule};
 use common::{Guest, Root, World};
 use guest_drivers::runner::{self, status};
-use hypervisor::GuestMemory;
+use hypervisor::{Bus, GuestMemory};
 use vmbus_server::{Device, Host};
 use vsp::storvsp::ControllerBuilder;
 
@@ -34,8 +34,8 @@ fn run_on(vps: u32, disks: &[&[Arc<dyn backends::block::Disk>]], work: &str) -> 
     let root = Arc::new(Root(Arc::clone(&world)));
     let host = Host::new(memory.clone(), root, vps, devices.collect()).unwrap();
     let sink = host.sink();
-    let guest =
-        Guest { world, vp: 0, memory, sink, started: Instant::now(), lines: Mutex::default() };
+    let (ports, started) = (Arc::new(Bus::ports()), Instant::now());
+    let guest = Guest { world, vp: 0, memory, ports, sink, started, lines: Mutex::default() };
     let status = runner::run(&guest, work);
     (status, guest.lines.into_inner().unwrap())
 }
@@ -59,7 +59,11 @@ fn all_work_is_done_and_reported() {
         ]
     );
     assert!(lines[3].contains(r#""bytes":4194304,"block_size":512"#), "{}", lines[3]);
-    assert!(lines[5].contains(r#""result":"verify","disk":0,"bytes":2097152,"bs":16384"#));
+    assert!(
+        lines[5].contains(
+            r#""result":"verify","disk":0,"driver":"storvsc","bytes":2097152,"bs":16384"#
+        )
+    );
     for line in [&lines[7], &lines[9], &lines[11]] {
         assert!(line.contains(r#""result":"bench""#) && !line.contains(r#""ios":0,"#), "{line}");
     }
@@ -182,7 +186,10 @@ fn what_a_disk_refuses_is_told() {
 fn work_that_is_not_understood_is_not_begun() {
     let (status, lines) = run(&[&[ram(1)]], "verify; format");
     assert_eq!(status, status::MISUNDERSTOOD);
-    assert_eq!(lines, [r#"{"error":"'format' is no work; say identify, verify or bench"}"#]);
+    assert_eq!(
+        lines,
+        [r#"{"error":"'format' is no work; say identify, verify, checksum or bench"}"#]
+    );
 }
 
 #[test]

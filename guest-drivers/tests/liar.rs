@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use guest_drivers::bus::{Bus, BusError};
 use guest_drivers::memory::{PAGE, Pages};
-use guest_drivers::platform::{Message, Platform, PlatformCounters};
+use guest_drivers::platform::{Message, Platform, PlatformCounters, Ports};
 use guest_drivers::runner::{self, status};
 use proptest::prelude::*;
 use vmbus::Guid;
@@ -147,6 +147,8 @@ impl Liar {
         }
     }
 }
+
+impl Ports for Liar {}
 
 impl Platform for Liar {
     fn memory(&self) -> Pages<'_> {

@@ -12,7 +12,7 @@ for synic in kernel user; do
         --disk path=first.img --disk path=second.img,controller=1,lun=3 </dev/null | tee console.log
     expect '"event":"connected","bus":"vmbus","version":"5.3","offers":2'
     expect '"disk":1,"driver":"storvsc","controller":1,"lun":3,'
-    expect '"result":"verify","disk":1,"bytes":8388608,'
+    expect '"result":"verify","disk":1,"driver":"storvsc","bytes":8388608,'
     expect '"result":"bench","disk":0,'
     refute '"error"'
     partita run --synic $synic --memory 64M --cpus 2 \

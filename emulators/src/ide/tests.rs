@@ -1,4 +1,4 @@
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use backends::block::{BlockErrorKind, Operation};
 use backends::paths;

@@ -9,15 +9,18 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use guest_drivers::boot::{BootParameters, MAX_VPS};
 use guest_drivers::memory::{PAGE, Pages};
-use guest_drivers::platform::{Message, Platform, PlatformCounters};
+use guest_drivers::platform::{Message, Platform, PlatformCounters, PortWrite, Ports};
 use vmbus::client::HvStatus;
 
-use super::supervisor::{self, SINT_VECTOR};
+use super::supervisor::{self, ISA_VECTOR, SINT_VECTOR};
 use super::tables::symbol;
 use super::{area, console, team};
 
 /// Synthetic registers (TLFS, "Synthetic MSRs").
 mod msr {
+    /// The local APIC's entry for the interrupts of the PICs (SDM volume 3, 11.12.1.2).
+    pub(super) const LVT_LINT0: u32 = 0x835;
+
     pub(super) const GUEST_OS_ID: u32 = 0x4000_0000;
     pub(super) const HYPERCALL: u32 = 0x4000_0001;
     pub(super) const TSC_FREQUENCY: u32 = 0x4000_0022;
@@ -124,6 +127,65 @@ impl Machine {
         let word = unsafe { page.add(offset) }.cast::<AtomicU32>();
         // SAFETY: the page is static, and all who look at it here do so by atomics.
         unsafe { word.as_ref() }
+    }
+}
+
+/// The I/O APIC (82093AA datasheet): an index and a window onto the register that it names, among
+/// them two for each line.
+mod io_apic {
+    pub(super) const INDEX: usize = 0xfec0_0000;
+    pub(super) const WINDOW: usize = INDEX + 0x10;
+
+    /// The first register of a line: vector and kind. The second says which processor.
+    pub(super) const fn line(line: u8) -> u32 {
+        0x10 + 2 * line as u32
+    }
+}
+
+/// Sets a register of the I/O APIC.
+fn set_io_apic(register: u32, value: u32) {
+    let (index, window) = (io_apic::INDEX as *mut u32, io_apic::WINDOW as *mut u32);
+    // SAFETY: every PC's I/O APIC is there, and the first 4 GiB are mapped.
+    unsafe { index.write_volatile(register) };
+    // SAFETY: as above.
+    unsafe { window.write_volatile(value) };
+}
+
+/// All of it at CPL 0: from CPL 3, each access would be as dear as the call that saves it, and a
+/// string pays for each of its parts.
+impl Ports for Machine {
+    fn read_8(&self, port: u16) -> u8 {
+        supervisor::read_port_8(port)
+    }
+
+    fn read_32(&self, port: u16) -> u32 {
+        supervisor::read_port_32(port)
+    }
+
+    fn write_8(&self, writes: &[PortWrite]) {
+        supervisor::write_ports(writes);
+    }
+
+    fn write_32(&self, port: u16, value: u32) {
+        supervisor::write_port_32(port, value);
+    }
+
+    fn read_string(&self, port: u16, words: &[AtomicU64]) {
+        supervisor::read_port_string(port, words);
+    }
+
+    fn write_string(&self, port: u16, words: &[AtomicU64]) {
+        supervisor::write_port_string_32(port, words);
+    }
+
+    fn listen(&self, irq: u8) {
+        const MASKED: u64 = 1 << 16;
+        // The PICs see the line too, and nobody has told them what to do with it.
+        // SAFETY: touches no memory.
+        unsafe { supervisor::write_msr(msr::LVT_LINT0, MASKED) };
+        // To processor 0, on the rising edge.
+        set_io_apic(io_apic::line(irq) + 1, 0);
+        set_io_apic(io_apic::line(irq), ISA_VECTOR.into());
     }
 }
 

@@ -12,9 +12,10 @@
 #![allow(unsafe_code)] // Assembly, and the calls into it.
 
 use core::arch::{asm, global_asm};
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::{AtomicU64, Ordering, fence};
 
 use guest_drivers::boot::{EXIT_PORT, MAX_VPS};
+use guest_drivers::platform::PortWrite;
 
 use super::area;
 
@@ -26,6 +27,8 @@ const TSS: u16 = 0x28;
 
 /// The vector of the VMBus's SINT, and that by which processors wake one another.
 pub(crate) const SINT_VECTOR: u8 = 0x30;
+/// The vector of all ISA interrupts that are listened for.
+pub(crate) const ISA_VECTOR: u8 = 0x31;
 /// The local APIC's vector for interrupts that went away; its low four bits are ones.
 pub(crate) const SPURIOUS_VECTOR: u8 = 0x3f;
 
@@ -151,6 +154,38 @@ supervisor_write_port_string:
     mov rcx, rdx
     mov edx, edi
     rep outsb
+    iretq
+
+supervisor_write_ports:                 # port, value, and a byte of nothing, for each
+    movzx edx, word ptr [rdi]
+    mov al, [rdi + 2]
+    out dx, al
+    add rdi, 4
+    dec esi
+    jnz supervisor_write_ports
+    iretq
+
+supervisor_read_port_8:
+    mov edx, edi
+    in al, dx
+    iretq
+
+supervisor_read_port_32:
+    mov edx, edi
+    in eax, dx
+    iretq
+
+supervisor_read_string_32:
+    mov rcx, rdx
+    mov edx, edi
+    mov rdi, rsi
+    rep insd
+    iretq
+
+supervisor_write_string_32:
+    mov rcx, rdx
+    mov edx, edi
+    rep outsd
     iretq
 
     # What every interrupt does: count, and end it (x2APIC's EOI register).
@@ -338,6 +373,39 @@ pub(crate) fn write_port_string(port: u16, text: &[u8]) {
     call!("supervisor_write_port_string", u64::from(port), text.as_ptr().addr(), text.len());
 }
 
+/// Writes bytes to ports, at least one, in order.
+pub(crate) fn write_ports(writes: &[PortWrite]) {
+    const { assert!(size_of::<PortWrite>() == 4 && core::mem::offset_of!(PortWrite, value) == 2) };
+    if !writes.is_empty() {
+        call!("supervisor_write_ports", writes.as_ptr().addr(), writes.len(), 0u64);
+    }
+}
+
+/// Writes a doubleword to a port.
+pub(crate) fn write_port_32(port: u16, value: u32) {
+    call!("supervisor_write_port", u64::from(port), u64::from(value), 0u64);
+}
+
+/// Reads a byte from a port.
+pub(crate) fn read_port_8(port: u16) -> u8 {
+    call!("supervisor_read_port_8", u64::from(port), 0u64, 0u64).0 as u8
+}
+
+/// Reads a doubleword from a port.
+pub(crate) fn read_port_32(port: u16) -> u32 {
+    call!("supervisor_read_port_32", u64::from(port), 0u64, 0u64).0 as u32
+}
+
+/// Reads doublewords from a port.
+pub(crate) fn read_port_string(port: u16, words: &[AtomicU64]) {
+    call!("supervisor_read_string_32", u64::from(port), words.as_ptr().addr(), words.len() * 2);
+}
+
+/// Writes doublewords to a port.
+pub(crate) fn write_port_string_32(port: u16, words: &[AtomicU64]) {
+    call!("supervisor_write_string_32", u64::from(port), words.as_ptr().addr(), words.len() * 2);
+}
+
 /// Writes to a port below 0x100 from CPL 3, to which the task state allows it.
 pub(crate) fn ring_port(port: u16, value: u32) {
     // SAFETY: the platform's doorbell, which does nothing to this processor.
@@ -349,7 +417,7 @@ pub(crate) fn ring_port(port: u16, value: u32) {
 /// Ends the guest.
 pub(crate) fn exit(status: u32) -> ! {
     loop {
-        call!("supervisor_write_port", u64::from(EXIT_PORT), u64::from(status), 0u64);
+        write_port_32(EXIT_PORT, status);
         // Nobody has listened.
         idle();
     }

@@ -9,7 +9,7 @@ use core::cell::UnsafeCell;
 use guest_drivers::boot::MAX_VPS;
 
 use super::area;
-use super::supervisor::{CODE0, SINT_VECTOR, SPURIOUS_VECTOR};
+use super::supervisor::{CODE0, ISA_VECTOR, SINT_VECTOR, SPURIOUS_VECTOR};
 
 /// Gates: the exceptions, and vectors up to the spurious interrupt's.
 pub(super) const GATES: usize = SPURIOUS_VECTOR as usize + 1;
@@ -64,7 +64,9 @@ pub(crate) fn fill() {
         *place = match vector {
             CALL_VECTOR => gate(symbol!("supervisor_call"), 3, 0),
             0..32 => gate(exceptions + vector * EXCEPTION_CODE, 0, 1),
-            _ if vector == u64::from(SINT_VECTOR) => gate(symbol!("supervisor_interrupt"), 0, 1),
+            _ if [SINT_VECTOR, ISA_VECTOR].map(u64::from).contains(&vector) => {
+                gate(symbol!("supervisor_interrupt"), 0, 1)
+            }
             _ => gate(symbol!("supervisor_spurious"), 0, 1),
         };
     }

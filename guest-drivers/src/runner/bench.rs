@@ -31,6 +31,7 @@ impl Bench {
         disk: &mut dyn BlockDriver<'w>,
         memory: Pages<'w>,
     ) -> Result<Object, RunError> {
+        let driver = disk.identity().driver;
         let parts = share(self.vps, platform, disk, memory, |part, platform, disk, memory| {
             self.measure(part, platform, disk, memory)
         })?;
@@ -43,6 +44,7 @@ impl Bench {
         Ok(Object::default()
             .string("result", "bench")
             .number("disk", self.disk)
+            .string("driver", driver)
             .string("pattern", self.pattern.name())
             .string("rw", self.direction.name())
             .number("bs", self.bs)

@@ -49,6 +49,7 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
         let (needed, available) = (pages_of(bs) * usize::from(depth), memory.count());
         let (memory, _) = memory.split(needed).ok_or(RunError::Memory { needed, available })?;
         let free = u64::MAX >> (64 - u32::from(depth));
+        let spin = if disk.looks_cost() { 0 } else { spin };
         Ok(Self { platform, disk, memory, bs, depth, spin, places: [0; 64], free, spun: 0 })
     }
 

@@ -6,6 +6,7 @@
 use core::sync::atomic::Ordering;
 
 use super::RunError;
+use super::checksum::summand;
 use super::flow::Flow;
 use super::parts::{Part, share};
 use super::random::mixed;
@@ -37,6 +38,7 @@ impl Verify {
         disk: &mut dyn BlockDriver<'w>,
         memory: Pages<'w>,
     ) -> Result<Object, RunError> {
+        let driver = disk.identity().driver;
         let parts = share(self.vps, platform, disk, memory, |part, platform, disk, memory| {
             self.verify(part, platform, disk, memory)
         })?;
@@ -44,6 +46,7 @@ impl Verify {
         Ok(Object::default()
             .string("result", "verify")
             .number("disk", self.disk)
+            .string("driver", driver)
             .number("bytes", all.places.saturating_mul(self.bs.into()))
             .number("bs", self.bs)
             .number("depth", all.depth)
@@ -102,8 +105,7 @@ impl Verify {
                         let byte = place.wrapping_mul(self.bs.into()).wrapping_add(index * 8);
                         return Err(RunError::Differs { byte, read, written: value });
                     }
-                    // Blocks come back in any order.
-                    checksum = checksum.wrapping_add(read.rotate_left(index as u32));
+                    checksum = checksum.wrapping_add(summand(index, read));
                 }
                 Ok(())
             },

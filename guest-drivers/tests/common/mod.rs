@@ -4,15 +4,16 @@
 use std::collections::HashMap;
 use std::io;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use guest_drivers::memory::{PAGE, Pages};
-use guest_drivers::platform::{Message, Platform, PlatformCounters};
+use guest_drivers::platform::{Message, Platform, PlatformCounters, PortWrite, Ports};
 use hypervisor::synic::{
     self, ConnectionId, EventFlag, EventPort, MessageSink, Posted, Sint, Synic,
 };
-use hypervisor::{GuestMemory, VpIndex};
+use hypervisor::{Bus, GuestMemory, InterruptLine, VpIndex};
 use vmbus::client::HvStatus;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -114,11 +115,27 @@ impl Synic for Root {
     }
 }
 
+/// A line of the guest's interrupt controllers, which leads to its first processor.
+pub struct Line(pub Arc<World>);
+
+impl InterruptLine for Line {
+    fn pulse(&self) {
+        self.0.raise(&mut self.0.lock().vps[0]);
+    }
+
+    fn set_level(&self, high: bool) {
+        if high {
+            self.pulse();
+        }
+    }
+}
+
 /// The guest's side of the world, as one of its processors sees it.
 pub struct Guest {
     pub world: Arc<World>,
     pub vp: usize,
     pub memory: GuestMemory,
+    pub ports: Arc<Bus>,
     pub sink: Arc<dyn MessageSink>,
     pub started: Instant,
     pub lines: Mutex<Vec<String>>,
@@ -126,6 +143,44 @@ pub struct Guest {
 
 /// The guest leaves its first pages alone, so that numbers are no indices.
 const FIRST: u64 = 16;
+
+impl Ports for Guest {
+    fn read_8(&self, port: u16) -> u8 {
+        let mut data = [0];
+        self.ports.read(port.into(), &mut data);
+        u8::from_le_bytes(data)
+    }
+
+    fn read_32(&self, port: u16) -> u32 {
+        let mut data = [0; 4];
+        self.ports.read(port.into(), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write_8(&self, writes: &[PortWrite]) {
+        for write in writes {
+            self.ports.write(write.port.into(), &[write.value]);
+        }
+    }
+
+    fn write_32(&self, port: u16, value: u32) {
+        self.ports.write(port.into(), &value.to_le_bytes());
+    }
+
+    fn read_string(&self, port: u16, words: &[AtomicU64]) {
+        let mut data = vec![0; size_of_val(words)];
+        self.ports.read_string(port.into(), 4, &mut data);
+        for (word, bytes) in words.iter().zip(data.as_chunks().0) {
+            word.store(u64::from_le_bytes(*bytes), Ordering::Relaxed);
+        }
+    }
+
+    fn write_string(&self, port: u16, words: &[AtomicU64]) {
+        let words: Vec<_> = words.iter().map(|word| word.load(Ordering::Relaxed)).collect();
+        let data: Vec<_> = words.into_iter().flat_map(u64::to_le_bytes).collect();
+        self.ports.write_string(port.into(), 4, &data);
+    }
+}
 
 impl Platform for Guest {
     fn memory(&self) -> Pages<'_> {
@@ -198,6 +253,7 @@ impl Platform for Guest {
                     world: Arc::clone(&self.world),
                     vp,
                     memory: self.memory.clone(),
+                    ports: Arc::clone(&self.ports),
                     sink: Arc::clone(&self.sink),
                     started: self.started,
                     lines: Mutex::default(),
