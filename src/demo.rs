@@ -17,14 +17,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use backends::block::Disk;
 use backends::file::{FileDisk, OpenOptions};
+use backends::paths;
 use clap::Args;
-use emulators::IdeDisks;
+use emulators::{IdeCounters, IdeDisks};
 use hypervisor::kvm::KernelCounters;
-use hypervisor::{ExitCounters, ExitKind, StopReason};
+use hypervisor::{ExitCounters, StopReason};
 use vmbus_server::Host;
 use vsp::storvsp::ControllerBuilder;
 
-use crate::machine::{Guest, Machine, MachineConfig};
+use crate::machine::{Guest, Machine, MachineConfig, PartitionKind};
 use crate::options::{PartitionOption, SynicOption};
 use report::{Costs, Report, Stamped};
 
@@ -48,9 +49,12 @@ pub struct Demo {
     partition: PartitionOption,
 }
 
-/// What the guest does.
-const WORK: &str = "identify; verify bytes=16M; \
-                    bench depth=1 time=250ms; bench depth=32 time=250ms";
+/// What the guest does. Disk 0 and disk 1 are one, on a synthetic controller and on an IDE channel.
+const WORK: &str = "identify disk=0; identify disk=1; verify bytes=16M; \
+                    checksum disk=0 bytes=4M; checksum disk=1 transfer=dma bytes=4M; \
+                    checksum disk=1 transfer=pio bytes=4M; \
+                    bench depth=32 time=200ms; bench time=200ms; \
+                    bench disk=1 transfer=dma time=200ms; bench disk=1 transfer=pio time=200ms";
 
 /// Bytes of the scratch disk.
 const DISK: u64 = 64 << 20;
@@ -69,11 +73,11 @@ impl Demo {
     pub fn run(&self) -> anyhow::Result<ExitCode> {
         let started = Instant::now();
         let scratch = Scratch::new(self.keep)?;
-        let disk = FileDisk::open(&scratch.path, &OpenOptions::default())?;
+        let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(&scratch.path, &OpenOptions::default())?);
         // From here on the file has no name: however the program ends, nothing is left behind.
         let place = scratch.place();
         let kept = scratch.let_go();
-        let report = boot(Arc::new(disk), self.partition, started)?;
+        let report = boot(&disk, self.partition, started)?;
         if self.json {
             println!("{}", report.json(kept.as_deref()));
         } else {
@@ -88,12 +92,15 @@ impl Demo {
 
 /// Lets the guest work on `disk`.
 fn boot(
-    disk: Arc<dyn Disk>,
+    disk: &Arc<dyn Disk>,
     partition: PartitionOption,
     started: Instant,
 ) -> anyhow::Result<Report> {
+    let [ide_path, vmbus_path] = paths::split(disk, ["IDE", "the VMBus"]);
+    let mut ide = IdeDisks::default();
+    ide.attach(None, None, ide_path)?;
     let config = MachineConfig {
-        ide: IdeDisks::default(),
+        ide,
         prefers_vmbus: false,
         guest: Guest::Builtin { work: WORK.to_owned() },
         memory: MEMORY,
@@ -105,7 +112,7 @@ fn boot(
     let mut machine = Machine::new(&config, || Ok(Box::new(lines.clone())))?;
     let kind = machine.kind().clone();
     let mut controller = ControllerBuilder::new(0);
-    controller.attach(Some(0), disk)?;
+    controller.attach(Some(0), vmbus_path)?;
     let devices = vec![Box::new(controller.build(1)) as _];
     let host = Host::new(machine.memory().clone(), machine.synic(), 1, devices)
         .context("cannot start the VMBus")?;
@@ -114,6 +121,11 @@ fn boot(
         started: Instant::now(),
         exits: machine.exit_counters(),
         kernel: machine.kernel_counters(),
+        ide: machine.ide_counters(),
+        console: match kind {
+            PartitionKind::Kvm(_) => ConsoleExits::PerByte,
+            PartitionKind::Hosted { .. } => ConsoleExits::PerLine,
+        },
         host,
     });
 
@@ -139,6 +151,15 @@ fn boot(
     Ok(Report::new(kind, lines.finish(), status, started.elapsed()))
 }
 
+/// What the guest's console takes of exits. They are left out of account: what is measured are disks.
+#[derive(Clone, Copy, Debug)]
+enum ConsoleExits {
+    /// A string of port writes is an exit for each.
+    PerByte,
+    /// It is a message.
+    PerLine,
+}
+
 /// The guest's console: parts what comes into lines, and stamps each.
 #[derive(Clone, Default)]
 struct Lines(Arc<LinesShared>);
@@ -146,7 +167,17 @@ struct Lines(Arc<LinesShared>);
 #[derive(Default)]
 struct LinesShared {
     counting: OnceLock<Counting>,
-    text: Mutex<(Vec<u8>, Vec<Stamped>)>,
+    text: Mutex<Text>,
+}
+
+#[derive(Default)]
+struct Text {
+    /// The line that is not whole yet, or as much of it as is kept.
+    part: Vec<u8>,
+    lines: Vec<Stamped>,
+    /// What came so far.
+    bytes: u64,
+    newlines: u64,
 }
 
 /// Where the counts of a stamp come from.
@@ -154,23 +185,30 @@ struct Counting {
     started: Instant,
     exits: Vec<Arc<ExitCounters>>,
     kernel: Vec<Arc<KernelCounters>>,
+    ide: Option<IdeCounters>,
+    console: ConsoleExits,
     host: Host,
 }
 
 impl Counting {
-    fn costs(&self) -> Costs {
-        // The guest's console takes an exit for each byte; what is measured are the disks.
-        let user = |exits: &Arc<ExitCounters>| exits.total() - exits.get(ExitKind::PortWrite);
-        let console: u64 = self.exits.iter().map(|exits| exits.get(ExitKind::PortWrite)).sum();
-        let kernel = self.kernel.iter().filter_map(|kernel| kernel.get("exits")).sum::<u64>();
+    /// What has been counted, after that much of console.
+    fn costs(&self, text: &Text) -> Costs {
+        let console = match self.console {
+            ConsoleExits::PerByte => text.bytes,
+            ConsoleExits::PerLine => text.newlines,
+        };
+        let user: u64 = self.exits.iter().map(|exits| exits.total()).sum();
+        let kernel: u64 = self.kernel.iter().filter_map(|kernel| kernel.get("exits")).sum();
         let (mut signals, mut interrupts) = (0, 0);
         for (_, _, counters) in self.host.counters() {
             signals += counters.signals.get();
             interrupts += counters.interrupts.get();
         }
+        interrupts +=
+            self.ide.iter().flat_map(IdeCounters::get).map(|(_, count)| count).sum::<u64>();
         Costs {
             exits: (!self.kernel.is_empty()).then(|| kernel.saturating_sub(console)),
-            user_exits: self.exits.iter().map(user).sum(),
+            user_exits: user.saturating_sub(console),
             signals,
             interrupts,
         }
@@ -183,28 +221,29 @@ impl Lines {
     }
 
     fn finish(&self) -> Vec<Stamped> {
-        std::mem::take(&mut self.0.text.lock().unwrap_or_else(PoisonError::into_inner).1)
+        std::mem::take(&mut self.0.text.lock().unwrap_or_else(PoisonError::into_inner).lines)
     }
 }
 
 impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut text = self.0.text.lock().unwrap_or_else(PoisonError::into_inner);
-        let (part, lines) = &mut *text;
         for &byte in bytes {
+            text.bytes += 1;
             if byte != b'\n' {
-                if part.len() < LONGEST_LINE {
-                    part.push(byte);
+                if text.part.len() < LONGEST_LINE {
+                    text.part.push(byte);
                 }
                 continue;
             }
-            let text = String::from_utf8_lossy(part).into_owned();
-            part.clear();
+            text.newlines += 1;
+            let line = String::from_utf8_lossy(&text.part).into_owned();
+            text.part.clear();
             if let Some(counting) = self.0.counting.get()
-                && lines.len() < MOST_LINES
+                && text.lines.len() < MOST_LINES
             {
-                let (after, costs) = (counting.started.elapsed(), counting.costs());
-                lines.push(Stamped { text, after, costs });
+                let (after, costs) = (counting.started.elapsed(), counting.costs(&text));
+                text.lines.push(Stamped { text: line, after, costs });
             }
         }
         Ok(bytes.len())

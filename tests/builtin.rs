@@ -194,7 +194,10 @@ fn the_demo_shows_what_happened_and_leaves_nothing() {
             "VMBus, version 5.3",
             "1 opened: a SCSI controller with 1 disk",
             "compared",
-            &format!("32 at a time, {partition}: "),
+            "an IDE controller on the PCI bus, with 1 disk",
+            "the first 4 MiB, read by storvsc, IDE DMA, IDE PIO: checksum ",
+            &format!("4 KiB at random, {partition} "),
+            "storvsc, 32 at a time",
             "the guest switched itself off",
         ] {
             assert!(text.contains(part), "no '{part}' in\n{text}");
@@ -203,6 +206,10 @@ fn the_demo_shows_what_happened_and_leaves_nothing() {
         assert!(json.starts_with('{') && json.ends_with("}\n") && json.contains(r#""ok":true"#));
         assert!(json.contains(&format!(r#""partition":"{partition}""#)), "{json}");
         assert!(json.contains(r#""kept":null"#), "{json}");
+        for driver in ["storvsc", "ide-dma", "ide-pio"] {
+            let bench = format!(r#""driver":"{driver}","bs":4096,"depth":1,"nanoseconds":"#);
+            assert!(json.contains(&bench), "no '{bench}' in {json}");
+        }
     }
     let json = output(&["demo", "--json", "--keep"]);
     let (_, rest) = json.split_once(r#""kept":""#).unwrap();

@@ -87,17 +87,24 @@ impl Report {
         let said = self.lines.iter().find_map(|line| line.field("error"));
         match (said, self.status) {
             (Some(error), _) => Some(error.to_owned()),
-            (None, Some(0)) => None,
+            (None, Some(0)) => {
+                let sum = self.checksum().and_then(Result::err)?;
+                Some(format!("what is on the disk depends on who reads it: {sum}"))
+            }
             (None, status) => Some(format!("status {}", status.unwrap_or(u32::MAX))),
         }
     }
 
-    /// What the guest does when it needs the program.
-    fn exits(&self) -> &'static str {
-        match self.kind {
-            PartitionKind::Kvm(_) => "exits to user space",
-            PartitionKind::Hosted { .. } => "messages to the root",
-        }
+    /// The checksum that all drivers have found, or those that they did.
+    fn checksum(&self) -> Option<Result<&str, String>> {
+        let sums = || self.lines.iter().filter(|line| line.is("result", "checksum"));
+        let sum = |line: &'_ Stamped| line.field("checksum").unwrap_or("?").to_owned();
+        let first = sums().next()?.field("checksum").unwrap_or("?");
+        Some(if sums().all(|line| line.is("checksum", first)) {
+            Ok(first)
+        } else {
+            Err(sums().map(sum).collect::<Vec<_>>().join(", "))
+        })
     }
 
     /// Results of measurements, with what each request took.
@@ -143,7 +150,15 @@ impl Report {
                         counted(line.number("disks"), "disk"),
                     ),
                 );
-            } else if line.is("result", "identify") {
+            } else if line.is("event", "found") {
+                say(
+                    "ports",
+                    format!(
+                        "an IDE controller on the PCI bus, with {}: the same once more",
+                        counted(line.number("disks"), "disk"),
+                    ),
+                );
+            } else if line.is("result", "identify") && line.is("driver", "storvsc") {
                 say(
                     "disk",
                     format!(
@@ -170,37 +185,14 @@ impl Report {
                 say("", format!("checksum {}", line.field("checksum").unwrap_or("?")));
             }
         }
-        for (line, costs) in self.benches() {
-            let ios = line.number("ios").max(1);
-            let each = |count: u64| count as f64 / ios as f64;
-            let exits = match costs.exits {
-                Some(exits) => format!("{:.2} exits", each(exits)),
-                None => format!("{:.2} {}", each(costs.user_exits), self.exits()),
-            };
-            say(
-                "read",
-                format!(
-                    "{} at random, {:>2} at a time, {name}: {:>7} a second; {exits}, {:.2} \
-                     signals, {:.2} interrupts each",
-                    size(line.number("bs")),
-                    line.number("depth"),
-                    line.number("iops"),
-                    each(costs.signals),
-                    each(costs.interrupts),
-                ),
-            );
+        if let Some(Ok(sum)) = self.checksum() {
+            let of = self.lines.iter().filter(|line| line.is("result", "checksum"));
+            let bytes = of.clone().map(|line| line.number("bytes")).max().unwrap_or(0);
+            let drivers: Vec<&str> = of.map(driver).collect();
+            let (bytes, drivers) = (size(bytes), drivers.join(", "));
+            say("same", format!("the first {bytes}, read by {drivers}: checksum {sum} each time"));
         }
-        if self.benches().next().is_some() {
-            let exit = match self.kind {
-                PartitionKind::Kvm(_) => "exit: the processor leaves the guest",
-                PartitionKind::Hosted { .. } => "message: the process asks for what it cannot do",
-            };
-            say("", format!("({exit}; signal: the guest wakes the disk's"));
-            say(
-                "",
-                "service provider; interrupt: the service provider wakes the guest)".to_owned(),
-            );
-        }
+        self.table(&mut say);
         let end = match self.error() {
             None => "the guest switched itself off".to_owned(),
             Some(error) => format!("the guest failed: {error}"),
@@ -212,16 +204,62 @@ impl Report {
         out
     }
 
+    /// What a read takes, by one way to the disk and another, side by side.
+    fn table(&self, say: &mut impl FnMut(&str, String)) {
+        let Some((line, costs)) = self.benches().next() else { return };
+        let title = format!("{} at random, {}", size(line.number("bs")), self.kind.name());
+        // Not every host counts the exits that its kernel serves.
+        let [exits, to_user] = match (&self.kind, costs.exits) {
+            (PartitionKind::Hosted { .. }, _) => ["", "messages"],
+            (PartitionKind::Kvm(_), Some(_)) => ["exits", "to partita"],
+            (PartitionKind::Kvm(_), None) => ["", "exits to partita"],
+        };
+        say(
+            "read",
+            format!("{title:<23} a second {exits:>7} {to_user:>10}  interrupts  us for each"),
+        );
+        let micros = |line: &Stamped| {
+            line.number("nanoseconds") as f64 / 1e3 / line.number("ios").max(1) as f64
+        };
+        let longest = self.benches().map(|(line, _)| micros(line)).fold(0.0, f64::max);
+        for (line, costs) in self.benches() {
+            let each = |count: u64| count as f64 / line.number("ios").max(1) as f64;
+            let way = match line.number("depth") {
+                0 | 1 => driver(line).to_owned(),
+                depth => format!("{}, {depth} at a time", driver(line)),
+            };
+            let (iops, micros) = (line.number("iops"), micros(line));
+            let exits = costs.exits.map(|exits| format!("{:.2}", each(exits))).unwrap_or_default();
+            let [to_user, interrupts] = [costs.user_exits, costs.interrupts].map(each);
+            let bar = bar(micros / longest);
+            say(
+                "",
+                format!(
+                    "{way:<23} {iops:>8} {exits:>7} {to_user:>10.2} {interrupts:>11.2} {micros:>9.1} \
+                     {bar}"
+                ),
+            );
+        }
+        let exit = match self.kind {
+            PartitionKind::Kvm(_) => "(exit: the processor leaves the guest",
+            PartitionKind::Hosted { .. } => "(message: the process asks for what it cannot do",
+        };
+        say("", format!("{exit}; interrupt: the disk's thread wakes it)"));
+    }
+
     /// For machines: one object.
     pub fn json(&self, kept: Option<&Path>) -> String {
         let mut benches = Vec::new();
         for (line, costs) in self.benches() {
             let exits = costs.exits.map_or("null".to_owned(), |exits| exits.to_string());
             benches.push(format!(
-                "{{\"partition\":\"{}\",\"depth\":{},\"ios\":{},\"iops\":{},\"exits\":{exits},\"user_exits\":{},\
-                 \"signals\":{},\"interrupts\":{}}}",
+                "{{\"partition\":\"{}\",\"driver\":{},\"bs\":{},\"depth\":{},\"nanoseconds\":{},\"ios\":{},\
+                 \"iops\":{},\"exits\":{exits},\"user_exits\":{},\"signals\":{},\"interrupts\":{}}}",
                 self.kind.name(),
+                quoted(line.field("driver").unwrap_or("?")),
+                line.number("bs"),
                 line.number("depth"),
+                line.number("nanoseconds"),
                 line.number("ios"),
                 line.number("iops"),
                 costs.user_exits,
@@ -247,6 +285,26 @@ impl Report {
             self.time.as_secs_f64(),
         )
     }
+}
+
+/// By what a disk was driven, for people.
+fn driver(line: &Stamped) -> &str {
+    match line.field("driver") {
+        Some("ide-dma") => "IDE DMA",
+        Some("ide-pio") => "IDE PIO",
+        Some(other) => other,
+        None => "?",
+    }
+}
+
+/// A bar of so much of the whole width, drawn in eighths of a character.
+fn bar(part: f64) -> String {
+    const WIDTH: f64 = 20.0;
+    const EIGHTHS: [&str; 8] =
+        ["", "\u{258f}", "\u{258e}", "\u{258d}", "\u{258c}", "\u{258b}", "\u{258a}", "\u{2589}"];
+    // Something is always to be seen.
+    let eighths = (part.clamp(0.0, 1.0) * WIDTH * 8.0).round().max(1.0) as usize;
+    "\u{2588}".repeat(eighths / 8) + EIGHTHS.get(eighths % 8).unwrap_or(&"")
 }
 
 fn quoted(text: &str) -> String {
@@ -294,7 +352,8 @@ mod tests {
     use super::*;
 
     fn line(text: &str, exits: u64) -> Stamped {
-        let costs = Costs { exits: Some(exits), user_exits: 0, signals: exits / 2, interrupts: 0 };
+        let costs =
+            Costs { exits: Some(exits), user_exits: exits / 4, signals: exits / 2, interrupts: 0 };
         Stamped { text: text.to_owned(), after: Duration::from_millis(3), costs }
     }
 
@@ -303,17 +362,35 @@ mod tests {
         let lines = vec![
             line(r#"{"event":"connected","bus":"vmbus","version":"5.3","offers":1}"#, 50),
             line(r#"{"begin":"bench depth=4"}"#, 100),
-            line(r#"{"result":"bench","disk":0,"bs":4096,"depth":4,"ios":200,"iops":1234}"#, 500),
+            line(
+                r#"{"result":"bench","disk":0,"driver":"ide-dma","bs":4096,"depth":4,"nanoseconds":3000000,"ios":200,"iops":1234}"#,
+                500,
+            ),
+            line(r#"{"begin":"bench"}"#, 500),
+            line(
+                r#"{"result":"bench","disk":0,"driver":"storvsc","bs":4096,"depth":1,"nanoseconds":1500000,"ios":200,"iops":2345}"#,
+                700,
+            ),
         ];
         let report =
             Report::new(PartitionKind::Kvm(HyperV::Kernel), lines, Some(0), Duration::from_secs(1));
         let words = report.words("a file", None);
         assert!(words.contains("1 device\n"), "{words}");
-        assert!(words.contains("1234 a second; 2.00 exits, 1.00 signals"), "{words}");
+        let columns = |way: &str| {
+            let line = words.lines().find(|line| line.contains(way)).unwrap();
+            let (_, columns) = line.split_once(way).unwrap();
+            columns.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let whole = "\u{2588}".repeat(20);
+        assert_eq!(
+            columns("IDE DMA, 4 at a time"),
+            ["1234", "2.00", "0.50", "0.00", "15.0", &whole]
+        );
+        assert_eq!(columns("storvsc"), ["2345", "1.00", "0.25", "0.00", "7.5", &whole[..10 * 3]]);
         assert!(words.contains("switched itself off; 1.00 s"), "{words}");
         let json = report.json(Some(Path::new("/a\"b")));
         assert!(json.contains(r#""kept":"/a\"b""#), "{json}");
-        assert!(json.contains(r#""exits":400,"user_exits":0,"signals":200"#), "{json}");
+        assert!(json.contains(r#""exits":400,"user_exits":100,"signals":200"#), "{json}");
     }
 
     #[test]
@@ -325,6 +402,13 @@ mod tests {
         let report =
             Report::new(PartitionKind::Kvm(HyperV::Kernel), Vec::new(), Some(101), Duration::ZERO);
         assert_eq!(report.error().as_deref(), Some("status 101"));
+        let sum = |sum| line(&format!(r#"{{"result":"checksum","checksum":"{sum}"}}"#), 0);
+        let kind = || PartitionKind::Kvm(HyperV::Kernel);
+        let report = Report::new(kind(), vec![sum(1), sum(1)], Some(0), Duration::ZERO);
+        assert_eq!(report.error(), None);
+        let report = Report::new(kind(), vec![sum(1), sum(2)], Some(0), Duration::ZERO);
+        let error = report.error().unwrap();
+        assert_eq!(error, "what is on the disk depends on who reads it: 1, 2");
     }
 
     #[test]
