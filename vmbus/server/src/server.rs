@@ -9,9 +9,10 @@
 //! by [`Limits`].
 
 mod action;
+mod channels;
 mod gpadl;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use hypervisor::{Gpn, VpIndex};
 use vmbus::protocol::{
@@ -24,6 +25,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::channel::OfferParams;
 pub use action::{Action, Limits, MessageError, OpenRequest};
+use channels::{Channel, Channels, State};
 pub use gpadl::GpadlError;
 use gpadl::{Gpadls, Progress};
 
@@ -48,48 +50,14 @@ enum Next {
     Unload { vp: VpIndex },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Closed,
-    /// A worker is being started; its answer is owed to the guest unless it has gone.
-    Opening {
-        open_id: u32,
-        ring: GpadlId,
-        close: bool,
-    },
-    Open {
-        ring: GpadlId,
-    },
-    /// A worker is being stopped.
-    Closing,
-}
-
-#[derive(Debug)]
-struct Channel {
-    params: OfferParams,
-    /// The first channel of the same device, if this is a sub-channel.
-    primary: Option<Relid>,
-    subchannel: u16,
-    state: State,
-    /// The guest knows of it.
-    offered: bool,
-    /// The offer is withdrawn.
-    rescinded: bool,
-    /// The guest is to hear that once the worker has stopped: it may reuse the ring then.
-    untold: bool,
-    /// The guest has let go of the withdrawn offer.
-    released: bool,
-}
-
 /// The root's end of the bus, for one guest.
 pub struct Server {
     is_ram: Box<dyn Fn(Gpn) -> bool + Send>,
     vps: u32,
     limits: Limits,
     connection: Connection,
-    channels: BTreeMap<Relid, Channel>,
+    channels: Channels,
     gpadls: Gpadls,
-    last_relid: u32,
     actions: VecDeque<Action>,
 }
 
@@ -102,9 +70,8 @@ impl Server {
             vps,
             limits,
             connection: Connection::None,
-            channels: BTreeMap::new(),
+            channels: Channels::default(),
             gpadls: Gpadls::new(limits),
-            last_relid: 0,
             actions: VecDeque::new(),
         }
     }
@@ -129,7 +96,7 @@ impl Server {
 
     /// Offers a device. `None` if there are no channel numbers left.
     pub fn offer(&mut self, params: OfferParams) -> Option<Relid> {
-        let relid = self.add_channel(params, None, 0)?;
+        let relid = self.channels.add(params, None, 0)?;
         self.tell_offer(relid);
         Some(relid)
     }
@@ -137,15 +104,15 @@ impl Server {
     /// Offers `count` sub-channels of the device whose first channel is `primary`, which must be
     /// open and have none.
     pub fn offer_subchannels(&mut self, primary: Relid, count: u16) {
-        let Some(channel) = self.channels.get(&primary) else { return };
+        let Some(channel) = self.channels.get(primary) else { return };
         let open = matches!(channel.state, State::Open { .. } | State::Opening { .. });
-        let some = self.subchannels(primary).next().is_some();
+        let some = !self.channels.subchannels(primary).is_empty();
         if channel.primary.is_some() || !open || channel.rescinded || some {
             return;
         }
         let params = channel.params;
         for subchannel in 1..=count {
-            let Some(relid) = self.add_channel(params, Some(primary), subchannel) else { return };
+            let Some(relid) = self.channels.add(params, Some(primary), subchannel) else { return };
             self.tell_offer(relid);
         }
     }
@@ -154,7 +121,7 @@ impl Server {
     /// touches its memory any more.
     pub fn rescind(&mut self, relid: Relid) {
         self.rescind_subchannels(relid);
-        let Some(channel) = self.channels.get_mut(&relid) else { return };
+        let Some(channel) = self.channels.get_mut(relid) else { return };
         if channel.rescinded {
             return;
         }
@@ -172,12 +139,12 @@ impl Server {
 
     /// Whether any channel has a worker, or is about to.
     pub fn is_busy(&self) -> bool {
-        self.channels.values().any(|channel| channel.state != State::Closed)
+        self.channels.are_busy()
     }
 
     /// The worker of `relid` has started, or failed to.
     pub fn channel_opened(&mut self, relid: Relid, ok: bool) {
-        let Some(channel) = self.channels.get_mut(&relid) else { return };
+        let Some(channel) = self.channels.get_mut(relid) else { return };
         let State::Opening { open_id, ring, close } = channel.state else { return };
         channel.state = if ok { State::Open { ring } } else { State::Closed };
         if !close && !channel.rescinded {
@@ -199,7 +166,7 @@ impl Server {
     /// The worker of `relid` has stopped and will not touch the guest's memory any more: because it
     /// was told to, or because it gave up.
     pub fn channel_closed(&mut self, relid: Relid) {
-        let Some(channel) = self.channels.get_mut(&relid) else { return };
+        let Some(channel) = self.channels.get_mut(relid) else { return };
         match channel.state {
             State::Closed => return,
             // It gave up before we heard that it had begun: the guest shall have its answer first.
@@ -250,7 +217,7 @@ impl Server {
             MessageKind::OpenChannel => return self.open(&read(payload, kind.0)?),
             MessageKind::CloseChannel => {
                 let ChannelMessage { relid, .. } = read(payload, kind.0)?;
-                if !self.channels.contains_key(&relid) {
+                if self.channels.get(relid).is_none() {
                     return Err(MessageError::Channel { kind: kind.0, relid });
                 }
                 self.close(relid);
@@ -273,7 +240,7 @@ impl Server {
             }
             MessageKind::RelidReleased => {
                 let ChannelMessage { relid, .. } = read(payload, kind.0)?;
-                match self.channels.get_mut(&relid) {
+                match self.channels.get_mut(relid) {
                     Some(channel) if channel.rescinded => channel.released = true,
                     _ => return Err(MessageError::Channel { kind: kind.0, relid }),
                 }
@@ -296,8 +263,7 @@ impl Server {
         if let Connection::Up { asked, .. } = &mut self.connection {
             *asked = true;
         }
-        let relids: Vec<Relid> = self.channels.keys().copied().collect();
-        for relid in relids {
+        for relid in self.channels.relids() {
             self.tell_offer(relid);
         }
         self.post(&Header::new(MessageKind::AllOffersDelivered));
@@ -307,7 +273,7 @@ impl Server {
         let relid = request.relid;
         match self.check_open(request) {
             Ok((incoming, outgoing)) => {
-                let Some(channel) = self.channels.get_mut(&relid) else { return Ok(()) };
+                let Some(channel) = self.channels.get_mut(relid) else { return Ok(()) };
                 channel.state =
                     State::Opening { open_id: request.open_id, ring: request.ring, close: false };
                 let request = OpenRequest {
@@ -339,7 +305,7 @@ impl Server {
         let openable = |channel: &&Channel| {
             channel.offered && !channel.rescinded && channel.state == State::Closed
         };
-        if self.channels.get(&relid).filter(openable).is_none() {
+        if self.channels.get(relid).filter(openable).is_none() {
             return Err(MessageError::Channel { kind: MessageKind::OpenChannel.0, relid });
         }
         if request.target_vp >= self.vps {
@@ -356,7 +322,7 @@ impl Server {
 
     /// Has the worker stopped, if there is one.
     fn close(&mut self, relid: Relid) {
-        let Some(channel) = self.channels.get_mut(&relid) else { return };
+        let Some(channel) = self.channels.get_mut(relid) else { return };
         match &mut channel.state {
             State::Closed | State::Closing => {}
             State::Opening { close, .. } => *close = true,
@@ -373,7 +339,7 @@ impl Server {
         request: &ModifyChannel,
     ) -> Result<(), MessageError> {
         let ModifyChannel { relid, target_vp, .. } = *request;
-        let known = self.channels.get(&relid).is_some_and(|channel| {
+        let known = self.channels.get(relid).is_some_and(|channel| {
             channel.offered && matches!(channel.state, State::Open { .. } | State::Opening { .. })
         });
         let result = if !known {
@@ -397,7 +363,7 @@ impl Server {
     fn gpadl_header(&mut self, header: &GpadlHeader, rest: &[u8]) -> Result<(), MessageError> {
         let GpadlHeader { relid, gpadl, .. } = *header;
         let usable = |channel: &Channel| channel.offered && !channel.rescinded;
-        let done = if self.channels.get(&relid).is_some_and(usable) {
+        let done = if self.channels.get(relid).is_some_and(usable) {
             self.gpadls.begin(header, rest, &self.is_ram)
         } else {
             Err((relid, GpadlError::Channel))
@@ -432,7 +398,7 @@ impl Server {
     fn gpadl_teardown(&mut self, relid: Relid, gpadl: GpadlId) {
         // Whose list it is decides, not whose the guest says it is.
         let owner = self.gpadls.owner(gpadl).unwrap_or(relid);
-        let in_use = self.channels.get(&owner).is_some_and(|channel| match channel.state {
+        let in_use = self.channels.get(owner).is_some_and(|channel| match channel.state {
             State::Closed => false,
             State::Opening { ring, .. } | State::Open { ring } => ring == gpadl,
             State::Closing => true,
@@ -462,8 +428,7 @@ impl Server {
         self.connection = Connection::Resetting(next);
         self.actions.retain(|action| !matches!(action, Action::Post { .. }));
         self.actions.push_back(Action::DiscardPosts);
-        let relids: Vec<Relid> = self.channels.keys().copied().collect();
-        for relid in relids {
+        for relid in self.channels.relids() {
             self.close(relid);
         }
         self.finish_reset();
@@ -474,11 +439,10 @@ impl Server {
         if self.is_busy() {
             return;
         }
-        let relids: Vec<Relid> = self.channels.keys().copied().collect();
-        for relid in relids {
+        for relid in self.channels.relids() {
             self.drop_gpadls(relid);
         }
-        self.channels.retain(|_, channel| {
+        self.channels.retain(|channel| {
             channel.offered = false;
             channel.primary.is_none() && !channel.rescinded
         });
@@ -511,47 +475,12 @@ impl Server {
         );
     }
 
-    fn subchannels(&self, primary: Relid) -> impl Iterator<Item = Relid> {
-        self.channels
-            .iter()
-            .filter(move |(_, c)| c.primary == Some(primary) && !c.rescinded)
-            .map(|(relid, _)| *relid)
-    }
-
     /// Sub-channels live as long as the first channel is open; the next time, they are asked for
     /// again.
     fn rescind_subchannels(&mut self, primary: Relid) {
-        let relids: Vec<Relid> = self.subchannels(primary).collect();
-        for relid in relids {
+        for relid in self.channels.subchannels(primary) {
             self.rescind(relid);
         }
-    }
-
-    fn add_channel(
-        &mut self,
-        params: OfferParams,
-        primary: Option<Relid>,
-        subchannel: u16,
-    ) -> Option<Relid> {
-        // Round and round, so that a number rests before it is used again.
-        let (after, before) =
-            (self.last_relid + 1..=Relid::MAX.0, 1..=self.last_relid.min(Relid::MAX.0));
-        let relid = after.chain(before).map(Relid).find(|r| !self.channels.contains_key(r))?;
-        self.last_relid = relid.0;
-        self.channels.insert(
-            relid,
-            Channel {
-                params,
-                primary,
-                subchannel,
-                state: State::Closed,
-                offered: false,
-                rescinded: false,
-                untold: false,
-                released: false,
-            },
-        );
-        Some(relid)
     }
 
     /// Tells the guest of a channel, unless it knows.
@@ -559,7 +488,7 @@ impl Server {
         if !matches!(self.connection, Connection::Up { asked: true, .. }) {
             return;
         }
-        let Some(channel) = self.channels.get_mut(&relid) else { return };
+        let Some(channel) = self.channels.get_mut(relid) else { return };
         if channel.offered || channel.rescinded {
             return;
         }
@@ -586,7 +515,7 @@ impl Server {
 
     /// Tells the guest of a withdrawn channel that no worker holds on to, and forgets it once the guest has let go.
     fn withdraw_if_done(&mut self, relid: Relid) {
-        let Some(channel) = self.channels.get_mut(&relid) else { return };
+        let Some(channel) = self.channels.get_mut(relid) else { return };
         if !channel.rescinded || channel.state != State::Closed {
             return;
         }
@@ -597,7 +526,7 @@ impl Server {
             self.post(&ChannelMessage { header: Header::new(MessageKind::RescindOffer), relid });
         }
         if released {
-            self.channels.remove(&relid);
+            self.channels.remove(relid);
         }
     }
 

@@ -512,9 +512,9 @@ fn a_withdrawn_offer_keeps_its_number_until_released() {
     bench.expect_removed(5);
     bench.expect::<ChannelMessage>(MessageKind::RescindOffer);
     bench.quiet();
-    assert!(bench.server.channels.contains_key(&Relid(1)), "the guest has not let go");
+    assert!(bench.server.channels.get(Relid(1)).is_some(), "the guest has not let go");
     bench.send(&channel(MessageKind::RelidReleased, 1)).unwrap();
-    assert!(!bench.server.channels.contains_key(&Relid(1)));
+    assert!(bench.server.channels.get(Relid(1)).is_none());
     bench.quiet();
 
     bench.server.rescind(Relid(2));
@@ -524,9 +524,9 @@ fn a_withdrawn_offer_keeps_its_number_until_released() {
     assert!(!bench.expect_created(6));
     bench.send(&open(2, 6, 0, 2)).unwrap_err();
     bench.expect::<OpenResult>(MessageKind::OpenResult);
-    assert!(bench.server.channels.contains_key(&Relid(2)), "the guest has not let go");
+    assert!(bench.server.channels.get(Relid(2)).is_some(), "the guest has not let go");
     bench.send(&channel(MessageKind::RelidReleased, 2)).unwrap();
-    assert!(bench.server.channels.is_empty());
+    assert!(bench.server.channels.relids().is_empty());
     bench.send(&channel(MessageKind::RelidReleased, 2)).unwrap_err();
     bench.quiet();
 }
@@ -610,7 +610,7 @@ fn subchannels_come_and_go_with_the_first_channel() {
     // After a reset they are gone, released or not.
     bench.send(&contact(Version::V5_3, 0)).unwrap();
     bench.closed(1);
-    assert_eq!(bench.server.channels.keys().map(|r| r.0).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(bench.server.channels.relids(), [1, 2].map(Relid));
 }
 
 #[test]
