@@ -15,12 +15,14 @@
 //! called back, and no memory changes under one.
 
 mod commands;
+mod dma;
 
 use backends::block::{BlockErrorKind, Geometry, SECTOR};
 
 use super::bits::{command, control, device, error, master, reason, status};
 use super::cd::Cd;
 use super::drive::{Drive, DriveError, Form};
+use dma::BusMaster;
 
 /// What is buffered of a PIO transfer: as much as the longest 28-bit command moves.
 pub(super) const BUFFER: usize = 256 * SECTOR as usize;
@@ -168,14 +170,6 @@ pub(super) struct Channel {
     /// The interrupt line as [`Self::take_edge`] last saw it.
     line: bool,
     master: BusMaster,
-}
-
-/// The bus master's registers.
-#[derive(Clone, Copy, Debug, Default)]
-struct BusMaster {
-    command: u8,
-    status: u8,
-    table: u32,
 }
 
 impl Channel {
@@ -579,65 +573,6 @@ impl Channel {
         let device_register = drive.put_address(start, form, device_register);
         if self.selected() == self.active {
             self.device = device_register;
-        }
-    }
-
-    /// Starts the transfer when drive and bus master are both ready for it.
-    fn run_master(&mut self) {
-        let running = self.master.command & master::START != 0;
-        let to_memory = self.master.command & master::TO_MEMORY != 0;
-        let reads = matches!(self.transfer.kind, Kind::ReadDma | Kind::Packet { .. });
-        // A master that runs the other way waits for a drive that never comes.
-        if self.phase != Phase::Armed || !running || to_memory != reads {
-            return;
-        }
-        let table = self.master.table;
-        let Transfer { kind, fua, .. } = self.transfer;
-        let (offset, len) = self.take_sectors(u32::MAX);
-        self.order(match kind {
-            Kind::Packet { .. } if self.sent > 0 => Work::Send { len: self.sent, table },
-            Kind::ReadDma | Kind::Packet { .. } => Work::ReadDma { offset, len, table },
-            Kind::WriteDma => Work::WriteDma { offset, len, table, fua },
-            _ => Work::Trim { len, table },
-        });
-    }
-
-    /// Reads a bus-master register, by its offset in the channel's eight.
-    pub(super) fn read_master(&self, offset: u8) -> u8 {
-        match offset {
-            0 => self.master.command,
-            2 => self.master.status,
-            4..=7 => self.master.table.to_le_bytes()[usize::from(offset - 4)],
-            _ => 0,
-        }
-    }
-
-    /// Writes a bus-master register. `may_start` if the function may access memory.
-    pub(super) fn write_master(&mut self, offset: u8, value: u8, may_start: bool) {
-        match offset {
-            0 => {
-                let before = self.master.command;
-                self.master.command = value & (master::START | master::TO_MEMORY);
-                if value & master::START == 0 {
-                    self.master.status &= !master::ACTIVE;
-                } else if !may_start {
-                    self.master.command = before & !master::START;
-                } else if before & master::START == 0 {
-                    self.master.status |= master::ACTIVE;
-                    self.run_master();
-                }
-            }
-            2 => {
-                let cleared = value & (master::INTERRUPT | master::ERROR);
-                let status = self.master.status & !cleared & !master::DRIVES_CAPABLE;
-                self.master.status = status | value & master::DRIVES_CAPABLE;
-            }
-            4..=7 => {
-                let mut bytes = self.master.table.to_le_bytes();
-                bytes[usize::from(offset - 4)] = value;
-                self.master.table = u32::from_le_bytes(bytes) & !3;
-            }
-            _ => {}
         }
     }
 }
