@@ -26,7 +26,7 @@ use vmbus_server::Host;
 use vsp::storvsp::ControllerBuilder;
 
 use crate::machine::{Guest, Machine, MachineConfig, PartitionKind};
-use crate::options::{PartitionOption, SynicOption};
+use crate::options::{IrqchipOption, PartitionOption, SynicOption};
 use report::{Costs, Report, Stamped};
 
 /// The built-in guest at work, and what it took
@@ -107,6 +107,7 @@ fn boot(
         vps: 1,
         partition,
         synic: SynicOption::Auto,
+        irqchip: IrqchipOption::Kernel,
     };
     let lines = Lines::default();
     let mut machine = Machine::new(&config, || Ok(Box::new(lines.clone())))?;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use backends::uring::Uring;
 use hypervisor::hosted::{Confinement, HostedPartition};
-use hypervisor::kvm::{self, HyperV, KvmPartition, PartitionConfig};
+use hypervisor::kvm::{self, HyperV, Irqchip, KvmPartition, PartitionConfig};
 use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
 use hypervisor::{
     Bus, Device, Gpa, GuestMemory, Partition, PartitionError, StopHandle, StopReason,
@@ -56,8 +56,17 @@ impl Finding {
 
 /// Prints the report. Returns whether Linux guests can run here.
 pub fn run() -> bool {
-    let findings =
-        [kvm(), kernels(), hyper_v(), hosted(), io_uring(), tap(), landlock(), huge_pages()];
+    let findings = [
+        kvm(),
+        kernels(),
+        hyper_v(),
+        irqchip(),
+        hosted(),
+        io_uring(),
+        tap(),
+        landlock(),
+        huge_pages(),
+    ];
     for finding in &findings {
         let mark = match finding.grade {
             Grade::Good => "ok  ",
@@ -128,6 +137,7 @@ fn trial() -> Result<StopReason, PartitionError> {
         vps: 1,
         memory,
         hyper_v: HyperV::Absent,
+        irqchip: Irqchip::Kernel,
         synthetic_timers: false,
     })?;
     partition.set_boot_state(&state)?;
@@ -213,6 +223,23 @@ fn hyper_v() -> Finding {
         Some(too) => {
             Finding::lacking(Grade::Bad, subject, format!("KVM lacks {what} and {too}"), advice)
         }
+    }
+}
+
+fn irqchip() -> Finding {
+    let subject = "irqchip";
+    let lacking = match kvm::open() {
+        Ok(kvm) => kvm::lacking_split(&kvm).map(str::to_owned),
+        Err(_) => Some("KVM".to_owned()),
+    };
+    match lacking {
+        None => Finding::good(subject, "interrupt controllers in the kernel or in user space"),
+        Some(what) => Finding::lacking(
+            Grade::Fair,
+            subject,
+            format!("--irqchip user lacks {what}"),
+            "use a newer kernel; --irqchip kernel, the default, does without",
+        ),
     }
 }
 

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail};
 use emulators::pci::{ConfigPorts, IoWindow, chipset};
 use emulators::{
-    Cmos, I8042, Ide, IdeCounters, IdeDisks, IdePlace, Nothing, PmBlock, ResetRegister, SmBus, Uart,
+    Cmos, I8042, Ide, IdeCounters, IdeDisks, IdePlace, InterruptChips, Nothing, Pit, PmBlock,
+    ResetRegister, SmBus, Uart,
 };
 use hypervisor::hosted::HostedPartition;
-use hypervisor::kvm::{self, HyperV, KernelCounters, KvmPartition, PartitionConfig};
+use hypervisor::kvm::{self, HyperV, Irqchip, KernelCounters, KvmPartition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
 use hypervisor::{
     BootState, Bus, ExitCounters, GuestMemory, Partition, PartitionError, StopHandle, StopReason,
@@ -20,7 +21,7 @@ use hypervisor::{
 use crate::boot::{BuiltinBoot, LinuxBoot};
 use crate::builtin::ExitPort;
 use crate::hosted;
-use crate::options::{PartitionOption, SynicOption};
+use crate::options::{IrqchipOption, PartitionOption, SynicOption};
 
 /// What a machine is to have.
 #[derive(Clone)]
@@ -35,6 +36,8 @@ pub struct MachineConfig {
     pub partition: PartitionOption,
     /// Who serves its Hyper-V interface, if it runs in KVM's.
     pub synic: SynicOption,
+    /// Who has its interrupt controllers and its timer, if it runs in KVM's.
+    pub irqchip: IrqchipOption,
     /// Its IDE disks. If there are any, it has a PCI bus with a controller for them.
     pub ide: IdeDisks,
     /// Whether each of them is on the VMBus too, so that Linux may be told to take it there.
@@ -136,11 +139,26 @@ fn hyper_v(synic: SynicOption) -> anyhow::Result<HyperV> {
     }
 }
 
+/// What KVM is to have of the interrupt controllers.
+fn irqchip(option: IrqchipOption) -> anyhow::Result<Irqchip> {
+    match option {
+        IrqchipOption::Kernel => Ok(Irqchip::Kernel),
+        IrqchipOption::User => match kvm::lacking_split(&kvm::open()?) {
+            None => Ok(Irqchip::Split),
+            Some(what) => {
+                bail!("--irqchip user: this host's KVM lacks {what}; --irqchip kernel does without")
+            }
+        },
+    }
+}
+
 /// A partition with a guest in it.
 struct Loaded {
     partition: Box<dyn Partition>,
     kind: PartitionKind,
     kernel_counters: Vec<Arc<KernelCounters>>,
+    /// Its interrupt controllers, if they are not the kernel's.
+    chips: Option<Arc<InterruptChips>>,
 }
 
 impl Loaded {
@@ -175,19 +193,25 @@ impl Loaded {
         let memory = memory(config)?;
         let boot_state = config.guest.load(&memory, config)?;
         let hyper_v = hyper_v(config.synic)?;
-        let partition = KvmPartition::new(&PartitionConfig {
+        let irqchip = irqchip(config.irqchip)?;
+        let mut partition = KvmPartition::new(&PartitionConfig {
             vps: config.vps,
             memory,
             hyper_v,
+            irqchip,
             synthetic_timers: false,
         })?;
         match config.guest {
             Guest::Linux { .. } => partition.set_boot_state(&boot_state)?,
             Guest::Builtin { .. } => partition.set_boot_state_of_all(&boot_state)?,
         }
+        let chips = partition.local_apics().map(InterruptChips::new).map(Arc::new);
+        if let Some(chips) = &chips {
+            partition.attach_interrupt_controller(Arc::clone(chips) as _);
+        }
         let kernel_counters = partition.kernel_counters().into_iter().map(Arc::new).collect();
         let kind = PartitionKind::Kvm(hyper_v);
-        Ok(Self { partition: Box::new(partition), kind, kernel_counters })
+        Ok(Self { partition: Box::new(partition), kind, kernel_counters, chips })
     }
 
     fn hosted(
@@ -195,12 +219,16 @@ impl Loaded {
         work: &str,
         without_kvm: Option<String>,
     ) -> anyhow::Result<Self> {
+        if config.irqchip == IrqchipOption::User {
+            bail!("--irqchip user: a hosted partition has no interrupt controllers");
+        }
         if config.vps != 1 {
             bail!("--cpus {}: a hosted partition has one virtual processor", config.vps);
         }
         let partition = HostedPartition::new(memory(config)?, &hosted::program(work)?)?;
         let kind = PartitionKind::Hosted { without_kvm };
-        Ok(Self { partition: Box::new(partition), kind, kernel_counters: Vec::new() })
+        let (kernel_counters, chips) = (Vec::new(), None);
+        Ok(Self { partition: Box::new(partition), kind, kernel_counters, chips })
     }
 }
 
@@ -225,6 +253,7 @@ pub struct Machine {
     kernel_counters: Vec<Arc<KernelCounters>>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
+    chips: Option<Arc<InterruptChips>>,
     uart: Arc<Uart>,
     pm: Arc<PmBlock>,
     ide: Option<Ide>,
@@ -238,10 +267,16 @@ impl Machine {
         config: &MachineConfig,
         serial: impl FnOnce() -> anyhow::Result<Box<dyn Write + Send>>,
     ) -> anyhow::Result<Self> {
-        let Loaded { partition, kind, kernel_counters } = Loaded::new(config)?;
+        let Loaded { partition, kind, kernel_counters, chips } = Loaded::new(config)?;
         let stop = partition.stop_handle();
 
-        let mut ports = Bus::ports();
+        let (mut ports, mut mmio) = (Bus::ports(), Bus::mmio());
+        if let Some(chips) = &chips {
+            chips.add_to(&mut ports, &mut mmio)?;
+            let pit = Pit::new(partition.interrupt_line(Pit::IRQ.into())?);
+            ports.add("PIT", Pit::PORT.into(), Pit::PORTS.into(), pit.counters())?;
+            ports.add("PIT gate", Pit::GATE_PORT.into(), 1, pit.gate())?;
+        }
         let com1 = partition.interrupt_line(Uart::COM1_IRQ.into())?;
         let uart = Uart::new(com1, serial()?).context("cannot start the serial port")?;
         let uart = Arc::new(uart);
@@ -275,8 +310,8 @@ impl Machine {
             partition.defer_port_writes(port, count)?;
         }
 
-        let (ports, mmio) = (Arc::new(ports), Arc::new(Bus::mmio()));
-        Ok(Self { partition, kind, kernel_counters, ports, mmio, uart, pm, ide, exit })
+        let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
+        Ok(Self { partition, kind, kernel_counters, ports, mmio, chips, uart, pm, ide, exit })
     }
 
     /// Its RAM.
@@ -317,6 +352,11 @@ impl Machine {
     /// What its IDE controller counted, if it has one.
     pub fn ide_counters(&self) -> Option<IdeCounters> {
         self.ide.as_ref().map(Ide::counters)
+    }
+
+    /// Its interrupt controllers, for their counters, if they are not the kernel's.
+    pub fn interrupt_chips(&self) -> Option<Arc<InterruptChips>> {
+        self.chips.clone()
     }
 
     /// What each processor counted, also while it runs.

@@ -298,6 +298,31 @@ impl FromStr for SynicOption {
     }
 }
 
+/// Who has a guest's interrupt controllers and its timer, beyond the local APICs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IrqchipOption {
+    /// The kernel.
+    Kernel,
+    /// User space.
+    User,
+}
+
+impl FromStr for IrqchipOption {
+    type Err = OptionError;
+
+    fn from_str(s: &str) -> Result<Self, OptionError> {
+        match s {
+            "kernel" => Ok(Self::Kernel),
+            "user" => Ok(Self::User),
+            _ => Err(OptionError::Value {
+                key: "irqchip",
+                value: s.to_owned(),
+                allowed: "kernel or user",
+            }),
+        }
+    }
+}
+
 /// What a guest runs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartitionOption {
@@ -401,6 +426,13 @@ mod tests {
         assert_eq!("user".parse(), Ok(SynicOption::User));
         let refused = "split".parse::<SynicOption>().unwrap_err().to_string();
         assert_eq!(refused, "synic=split is not possible; synic is auto, kernel or user");
+    }
+
+    #[test]
+    fn irqchips() {
+        assert_eq!("user".parse(), Ok(IrqchipOption::User));
+        let refused = "split".parse::<IrqchipOption>().unwrap_err().to_string();
+        assert_eq!(refused, "irqchip=split is not possible; irqchip is kernel or user");
     }
 
     #[test]

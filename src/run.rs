@@ -21,7 +21,9 @@ use vmbus_server::{Device, Host};
 use vsp::storvsp::{Controller, ControllerBuilder};
 
 use crate::machine::{Guest, Machine, MachineConfig};
-use crate::options::{Attach, DiskOption, PartitionOption, SerialOption, Size, SynicOption};
+use crate::options::{
+    Attach, DiskOption, IrqchipOption, PartitionOption, SerialOption, Size, SynicOption,
+};
 use crate::statistics::Statistics;
 use crate::terminal::Console;
 
@@ -84,6 +86,10 @@ pub struct Run {
     /// KVM can
     #[arg(long, value_name = "WHO", default_value = "auto")]
     synic: SynicOption,
+    /// Who has the guest's PICs, I/O APIC and timer: kernel, or user (space), where each access to
+    /// them leaves the kernel
+    #[arg(long, value_name = "WHO", default_value = "kernel")]
+    irqchip: IrqchipOption,
     /// Print what was counted when the guest has ended
     #[arg(long)]
     stats: bool,
@@ -155,12 +161,14 @@ impl Run {
             (None, None) => bail!("--kernel or --builtin is missing"),
         };
         let (vps, partition, synic) = (self.cpus, self.partition, self.synic);
+        let irqchip = self.irqchip;
         let config = MachineConfig {
             guest,
             memory,
             vps,
             partition,
             synic,
+            irqchip,
             ide: ide.disks.clone(),
             prefers_vmbus: ide.all_on_vmbus,
         };

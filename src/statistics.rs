@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use emulators::IdeCounters;
+use emulators::{IdeCounters, InterruptChips};
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{Bus, ExitCounters};
 use vmbus_server::Host;
@@ -18,6 +18,7 @@ pub struct Statistics {
     kernel: Vec<Arc<KernelCounters>>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
+    chips: Option<Arc<InterruptChips>>,
     ide: Option<IdeCounters>,
     started: Instant,
 }
@@ -32,6 +33,7 @@ impl Statistics {
             kernel: machine.kernel_counters(),
             ports,
             mmio,
+            chips: machine.interrupt_chips(),
             ide: machine.ide_counters(),
             started: Instant::now(),
         }
@@ -48,6 +50,13 @@ impl Statistics {
         }
         let (ports, mmio) = (self.ports.unclaimed(), self.mmio.unclaimed());
         report += &format!("stats: accesses to nothing: {ports} ports, {mmio} addresses\n");
+        report += &match self.chips.as_deref().map(InterruptChips::counts) {
+            None => "stats: interrupt controllers: in the kernel\n".to_owned(),
+            Some((messages, taken)) => format!(
+                "stats: interrupt controllers: in user space, {messages} messages of the I/O APIC, \
+                 {taken} interrupts of the PICs\n"
+            ),
+        };
         for (channel, (requests, interrupts)) in
             self.ide.iter().flat_map(|ide| ide.get().into_iter().enumerate())
         {

@@ -3,11 +3,14 @@
 //! Each is a plain state machine behind [`hypervisor::Device`]; a mutex inside where it has state,
 //! since processors call it at the same time.
 
+mod alarm;
 mod cmos;
 pub mod fuzzing;
 mod i8042;
 mod ide;
+mod irqchip;
 pub mod pci;
+mod pit;
 mod pm;
 mod smbus;
 mod uart;
@@ -15,6 +18,8 @@ mod uart;
 pub use cmos::Cmos;
 pub use i8042::I8042;
 pub use ide::{DriveError, Ide, IdeCounters, IdeDisks, Place as IdePlace};
+pub use irqchip::InterruptChips;
+pub use pit::Pit;
 pub use pm::{PmBlock, ResetRegister, SLEEP_TYPE_S5};
 pub use smbus::SmBus;
 pub use uart::Uart;

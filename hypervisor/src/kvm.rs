@@ -1,6 +1,7 @@
 //! Partitions by KVM.
 //!
-//! The interrupt controllers and the PIT are the kernel's. So are the hypercall page, the reference
+//! The interrupt controllers and the PIT are the kernel's, unless somebody else brings them
+//! ([`Irqchip::Split`]). So are the hypercall page, the reference
 //! TSC page and the SINTs where KVM has Hyper-V support; what comes out to us then are ports,
 //! addresses without RAM, the SynIC's pages and messages. Where it has not, or is not to use it,
 //! the same interface is served from here ([`HyperV::User`]).
@@ -8,6 +9,7 @@
 mod cpuid;
 mod deferred;
 mod irq;
+mod split;
 mod stats;
 mod string_out;
 mod synic;
@@ -25,12 +27,15 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::Killable;
 
 use deferred::DeferredWrites;
+use irq::Routes;
+use split::{ControllerLine, SplitIrqchip};
 pub use stats::KernelCounters;
 use synic::KvmSynic;
 
 use user::synic::UserSynic;
 use user::{UserHyperV, UserVp};
 
+use crate::interrupts::{InterruptController, LocalApics};
 use crate::partition::Partition;
 use crate::synic::{MessageSink, Synic};
 use crate::{
@@ -50,6 +55,16 @@ pub enum HyperV {
     Absent,
 }
 
+/// Which of a PC's interrupt controllers a partition has from KVM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Irqchip {
+    /// All of them, and the PIT.
+    #[default]
+    Kernel,
+    /// The processors' local APICs. [`KvmPartition::attach_interrupt_controller`] brings the others.
+    Split,
+}
+
 /// What a partition is to have.
 #[derive(Clone, Debug)]
 pub struct PartitionConfig {
@@ -59,6 +74,8 @@ pub struct PartitionConfig {
     pub memory: GuestMemory,
     /// Its Hyper-V interface.
     pub hyper_v: HyperV,
+    /// Its interrupt controllers.
+    pub irqchip: Irqchip,
     /// Whether that offers synthetic timers. Linux does better without: its local APIC's cost fewer
     /// exits.
     pub synthetic_timers: bool,
@@ -70,6 +87,10 @@ pub struct KvmPartition {
     vps: Vec<vp::Vp>,
     vm: Arc<VmFd>,
     synic: Arc<dyn Synic>,
+    /// There if KVM has only the local APICs.
+    split: Option<Arc<SplitIrqchip>>,
+    /// Who has the others then.
+    controller: Option<Arc<dyn InterruptController>>,
     /// Not there when KVM cannot defer port writes (before Linux 5.0).
     deferred: Option<Arc<DeferredWrites>>,
     /// KVM's slots refer to its mappings.
@@ -104,7 +125,8 @@ pub fn open() -> Result<Kvm, PartitionError> {
     Ok(kvm)
 }
 
-/// The first of the capabilities a partition needs that this KVM lacks.
+/// The first of the capabilities a partition with all of KVM's controllers needs that this KVM
+/// lacks.
 pub fn lacking(kvm: &Kvm, hyper_v: HyperV) -> Option<&'static str> {
     use kvm_bindings::*;
     let common = [
@@ -134,9 +156,24 @@ pub fn lacking(kvm: &Kvm, hyper_v: HyperV) -> Option<&'static str> {
         HyperV::User => &user[..],
         HyperV::Absent => &[],
     };
-    common
-        .iter()
-        .chain(more)
+    first_lacking(kvm, common.iter().chain(more))
+}
+
+/// The first of the capabilities that this KVM lacks for leaving interrupt controllers to others.
+pub fn lacking_split(kvm: &Kvm) -> Option<&'static str> {
+    use kvm_bindings::*;
+    let needed = [
+        (KVM_CAP_SPLIT_IRQCHIP, "KVM_CAP_SPLIT_IRQCHIP (since Linux 4.4)"),
+        (KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI"),
+    ];
+    first_lacking(kvm, needed.iter())
+}
+
+fn first_lacking<'a>(
+    kvm: &Kvm,
+    mut needed: impl Iterator<Item = &'a (u32, &'static str)>,
+) -> Option<&'static str> {
+    needed
         .find(|(capability, _)| kvm.check_extension_raw((*capability).into()) <= 0)
         .map(|(_, name)| *name)
 }
@@ -153,7 +190,11 @@ impl KvmPartition {
     /// A partition with everything but code to run.
     pub fn new(config: &PartitionConfig) -> Result<Self, PartitionError> {
         let kvm = open()?;
-        if let Some(name) = lacking(&kvm, config.hyper_v) {
+        let split_lacks = || match config.irqchip {
+            Irqchip::Kernel => None,
+            Irqchip::Split => lacking_split(&kvm),
+        };
+        if let Some(name) = lacking(&kvm, config.hyper_v).or_else(split_lacks) {
             return Err(PartitionError::Lacking(name));
         }
         // One byte names a processor in the MADT and in xAPIC mode, and 255 is for all of them.
@@ -167,10 +208,10 @@ impl KvmPartition {
             .map_err(call("cannot set KVM's identity map"))?;
         vm.set_tss_address(layout::KVM_TSS.0 as usize).map_err(call("cannot set KVM's TSS"))?;
         add_memory(&vm, &config.memory)?;
-        vm.create_irq_chip().map_err(call("cannot create the interrupt controllers"))?;
-        // "Speaker dummy" is KVM's name for answering port 0x61, which calibrations poll.
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(pit).map_err(call("cannot create the PIT"))?;
+        match config.irqchip {
+            Irqchip::Kernel => create_controllers(&vm)?,
+            Irqchip::Split => split::enable(&vm)?,
+        }
 
         let stop = StopHandle::default();
         let hyper_v = config.hyper_v;
@@ -196,13 +237,14 @@ impl KvmPartition {
         }
         // After the processors: KVM wants a SINT's processor to exist.
         let sints = if hyper_v == HyperV::Kernel { config.vps } else { 0 };
-        irq::set_routes(&vm, (0..sints).map(VpIndex).map(irq::kernel_sint))?;
+        let routes = Arc::new(Routes::new(&vm, config.irqchip));
+        routes.set_sints((0..sints).map(VpIndex).map(irq::kernel_sint))?;
         let synic: Arc<dyn Synic> = match kernel_synic {
             Some(synic) => {
                 synic.attach_interrupts(sints)?;
                 synic
             }
-            None => serve_by_user_space(&mut vps, &vm, config, &stop)?,
+            None => serve_by_user_space(&mut vps, &vm, &routes, config, &stop)?,
         };
 
         let deferred = match vps.first() {
@@ -212,7 +254,28 @@ impl KvmPartition {
             }
             _ => None,
         };
-        Ok(Self { vps, vm, synic, deferred, memory: config.memory.clone(), stop })
+        let split = match config.irqchip {
+            Irqchip::Kernel => None,
+            Irqchip::Split => Some(Arc::new(SplitIrqchip::new(&vm, &routes, stop.clone()))),
+        };
+        let memory = config.memory.clone();
+        Ok(Self { vps, vm, synic, split, controller: None, deferred, memory, stop })
+    }
+
+    /// The processors' local APICs, for a controller that is not KVM's; `None` if KVM has all.
+    pub fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        self.split.clone().map(|split| split as _)
+    }
+
+    /// Gives a partition that has only local APICs its other controllers: the lines that devices
+    /// ask for from now on lead there.
+    pub fn attach_interrupt_controller(&mut self, controller: Arc<dyn InterruptController>) {
+        if let Some(split) = &self.split {
+            for vp in &mut self.vps {
+                vp.attach_controller(split, &controller);
+            }
+            self.controller = Some(controller);
+        }
     }
 
     /// What the kernel counts of each processor, in order; empty where it tells nothing. To be
@@ -261,7 +324,10 @@ impl Partition for KvmPartition {
     }
 
     fn interrupt_line(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, PartitionError> {
-        Ok(Arc::new(irq::KvmLine::new(&self.vm, gsi)?))
+        Ok(match self.split {
+            None => Arc::new(irq::KvmLine::new(&self.vm, gsi)?),
+            Some(_) => Arc::new(ControllerLine { controller: self.controller.clone(), gsi }),
+        })
     }
 
     fn defer_port_writes(&self, port: u16, count: u32) -> Result<(), PartitionError> {
@@ -328,10 +394,11 @@ fn stop_all(threads: Vec<JoinHandle<()>>) {
 fn serve_by_user_space(
     vps: &mut [vp::Vp],
     vm: &Arc<VmFd>,
+    routes: &Arc<Routes>,
     config: &PartitionConfig,
     stop: &StopHandle,
 ) -> Result<Arc<dyn Synic>, PartitionError> {
-    let synic = Arc::new(UserSynic::new(vm, &config.memory, config.vps)?);
+    let synic = Arc::new(UserSynic::new(vm, routes, &config.memory, config.vps)?);
     // All of them, so that each shows the same time.
     let shared = vps.iter().all(vp::Vp::share_tsc);
     let khz = vps.first().and_then(vp::Vp::tsc_khz);
@@ -360,6 +427,14 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, PartitionError> {
             result => return result.map_err(call("cannot create a virtual machine")),
         }
     }
+}
+
+/// All controllers and the PIT, in the kernel.
+fn create_controllers(vm: &VmFd) -> Result<(), PartitionError> {
+    vm.create_irq_chip().map_err(call("cannot create the interrupt controllers"))?;
+    // "Speaker dummy" is KVM's name for answering port 0x61, which calibrations poll.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(call("cannot create the PIT"))
 }
 
 #[allow(unsafe_code)] // KVM gets addresses of ours.

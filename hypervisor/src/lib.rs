@@ -4,6 +4,7 @@
 pub mod hosted;
 mod hypercall;
 mod intercept;
+pub mod interrupts;
 pub mod kvm;
 pub mod layout;
 pub mod memory;

@@ -192,7 +192,11 @@ pub enum ExitKind {
     SignalEvent,
     /// A crash report, or a reset through a Hyper-V register.
     SystemEvent,
-    /// A signal of ours, to stop.
+    /// The guest has ended a level-triggered interrupt of an I/O APIC that is not KVM's.
+    EndOfInterrupt,
+    /// A processor can take the interrupt of a PIC that is not KVM's.
+    InterruptWindow,
+    /// A signal of ours, to stop or to look at the PICs.
     Kick,
     /// Anything else.
     Other,
@@ -200,7 +204,7 @@ pub enum ExitKind {
 
 impl ExitKind {
     /// All kinds, in the order in which they are counted.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::PortRead,
         Self::PortWrite,
         Self::MmioRead,
@@ -210,6 +214,8 @@ impl ExitKind {
         Self::PostMessage,
         Self::SignalEvent,
         Self::SystemEvent,
+        Self::EndOfInterrupt,
+        Self::InterruptWindow,
         Self::Kick,
         Self::Other,
     ];
@@ -226,6 +232,8 @@ impl ExitKind {
             Self::PostMessage => "messages posted",
             Self::SignalEvent => "unbound signals",
             Self::SystemEvent => "system events",
+            Self::EndOfInterrupt => "interrupts ended",
+            Self::InterruptWindow => "interrupt windows",
             Self::Kick => "kicks",
             Self::Other => "other exits",
         }
@@ -301,8 +309,8 @@ mod tests {
                 counters.count(kind);
             }
         }
-        assert_eq!(counters.total(), 66);
+        assert_eq!(counters.total(), 91);
         assert_eq!(counters.get(ExitKind::PortRead), 1);
-        assert!(counters.to_string().starts_with("66 exits, 1 port reads"));
+        assert!(counters.to_string().starts_with("91 exits, 1 port reads"));
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hypervisor::kvm::{HyperV, KvmPartition, PartitionConfig};
+use hypervisor::kvm::{HyperV, Irqchip, KvmPartition, PartitionConfig};
 use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
 use hypervisor::{
     BootState, Bus, Device, ExitKind, Gpa, GuestMemory, Partition, PartitionError, StopHandle,
@@ -34,7 +34,13 @@ fn partition_and_state(vps: u32, code: &[u8]) -> Option<(KvmPartition, BootState
     memory.write_obj(gdt, &[0_u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]).unwrap();
     memory.write(CODE, code).unwrap();
 
-    let config = PartitionConfig { vps, memory, hyper_v: HyperV::Absent, synthetic_timers: false };
+    let config = PartitionConfig {
+        vps,
+        memory,
+        hyper_v: HyperV::Absent,
+        irqchip: Irqchip::Kernel,
+        synthetic_timers: false,
+    };
     let partition = match KvmPartition::new(&config) {
         Ok(partition) => partition,
         Err(PartitionError::NoKvm | PartitionError::NoPermission) => {
@@ -193,6 +199,7 @@ fn too_many_processors_are_refused() {
             vps,
             memory: memory.clone(),
             hyper_v: HyperV::Absent,
+            irqchip: Irqchip::Kernel,
             synthetic_timers: false,
         };
         match KvmPartition::new(&config) {

@@ -4,9 +4,10 @@
 //! | --- | --- |
 //! | 0 to 15 | the pins of both PICs and of the I/O APIC, one to one |
 //! | 16 to 23 | the I/O APIC's other pins |
+//! | the same, without KVM's controllers | nowhere; level-triggered messages are noted there ([`super::split`]) |
 //! | 64 and up | SINT 2 of each processor: to the kernel's SynIC, or a message to its local APIC |
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
@@ -17,12 +18,13 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::call;
+use super::{Irqchip, call};
+use crate::interrupts::InterruptMessage;
 use crate::synic::Sint;
 use crate::{InterruptLine, PartitionError, VpIndex, layout};
 
 /// The I/O APIC's pins.
-const IOAPIC_PINS: u32 = 24;
+pub(super) const IOAPIC_PINS: u32 = 24;
 
 /// The first of the GSIs that go to a SINT.
 const SINT_GSIS: u32 = 64;
@@ -74,11 +76,24 @@ pub(super) fn raise_vector(vm: &VmFd, vp: VpIndex, vector: u8) {
     let _ = vm.signal_msi(message);
 }
 
-/// Tells KVM all routes: the lines' and `sints`.
-pub(super) fn set_routes(
-    vm: &VmFd,
-    sints: impl Iterator<Item = kvm_irq_routing_entry>,
-) -> Result<(), PartitionError> {
+/// The route by which KVM knows a level-triggered message, to tell us its end: `gsi` is below 24.
+fn level_message(gsi: u32, message: InterruptMessage) -> kvm_irq_routing_entry {
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            msi: kvm_irq_routing_msi {
+                address_lo: message.address,
+                data: message.data,
+                ..Default::default()
+            },
+        },
+        ..Default::default()
+    }
+}
+
+/// The routes from the lines to KVM's own controllers.
+fn kernel_lines() -> Vec<kvm_irq_routing_entry> {
     let chip = |gsi, irqchip, pin| kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
@@ -90,9 +105,57 @@ pub(super) fn set_routes(
     let pic = (0..8).map(|gsi| chip(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
     let second_pic = (8..16).map(|gsi| chip(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8));
     let ioapic = (0..IOAPIC_PINS).map(|gsi| chip(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    let entries: Vec<_> = pic.chain(second_pic).chain(ioapic).chain(sints).collect();
-    let table = KvmIrqRouting::from_entries(&entries).expect("a few hundred routes fit");
-    vm.set_gsi_routing(&table).map_err(call("cannot set the interrupt routes"))
+    pic.chain(second_pic).chain(ioapic).collect()
+}
+
+/// All routes of a partition. KVM takes them only together.
+pub(super) struct Routes {
+    vm: Arc<VmFd>,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    /// Those of the first GSIs.
+    lines: Vec<kvm_irq_routing_entry>,
+    sints: Vec<kvm_irq_routing_entry>,
+}
+
+impl Routes {
+    /// Tells KVM nothing yet.
+    pub(super) fn new(vm: &Arc<VmFd>, irqchip: Irqchip) -> Self {
+        let lines = match irqchip {
+            Irqchip::Kernel => kernel_lines(),
+            Irqchip::Split => Vec::new(),
+        };
+        let table = Mutex::new(Table { lines, sints: Vec::new() });
+        Self { vm: Arc::clone(vm), table }
+    }
+
+    /// Where the SINTs lead. `sints` is asked while nobody else changes a route.
+    pub(super) fn set_sints(
+        &self,
+        sints: impl Iterator<Item = kvm_irq_routing_entry>,
+    ) -> Result<(), PartitionError> {
+        self.change(|table| table.sints = sints.collect())
+    }
+
+    /// The messages of which KVM is to tell the end; for partitions without its I/O APIC.
+    pub(super) fn set_level_messages(
+        &self,
+        messages: &[InterruptMessage],
+    ) -> Result<(), PartitionError> {
+        let lines =
+            (0..IOAPIC_PINS).zip(messages).map(|(gsi, message)| level_message(gsi, *message));
+        self.change(|table| table.lines = lines.collect())
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Table)) -> Result<(), PartitionError> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut table);
+        let entries: Vec<_> = table.lines.iter().chain(&table.sints).copied().collect();
+        let entries = KvmIrqRouting::from_entries(&entries).expect("a few hundred routes fit");
+        self.vm.set_gsi_routing(&entries).map_err(call("cannot set the interrupt routes"))
+    }
 }
 
 /// An eventfd that raises `gsi` in the kernel when it is written.

@@ -3,20 +3,22 @@
 //! To get a processor out of KVM, set what it shall see and send its thread [`kick_signal`]. The
 //! handler runs on that thread and sets `immediate_exit` in the processor's page, so the signal
 //! works at any time: in KVM it interrupts; before KVM it makes the next entry return at once;
-//! after KVM the loop looks at the stop handle anyway.
+//! after KVM the loop looks at the stop handle anyway. The first processor is got out in the same way
+//! for the interrupt of a PIC that is not KVM's ([`Kick`]).
 
 #![allow(unsafe_code)] // kvm_run is a union, and the signal handler writes into it by pointer.
 
 use std::cell::Cell;
 use std::io;
-use std::sync::{Arc, Once};
+use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit,
-    kvm_mp_state, kvm_msr_entry, kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
+    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -25,6 +27,7 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use super::cpuid::{self, HostFeatures};
 use super::deferred::DeferredWrites;
+use super::split::SplitIrqchip;
 use super::stats::KernelCounters;
 use super::string_out::StringOut;
 use super::synic::KvmSynic;
@@ -32,6 +35,7 @@ use super::user::UserVp;
 use super::{HyperV, call};
 use crate::hypercall::Hypercall;
 use crate::hypercall::page::{DOORBELL_PORT, HYPERCALL_PORT};
+use crate::interrupts::InterruptController;
 use crate::partition::ExitKind;
 use crate::registers::GeneralProtection;
 use crate::synic::pages::PageRegisters;
@@ -40,6 +44,7 @@ use crate::{
     BootState, Bus, ExitCounters, GuestMemory, PartitionError, StopHandle, StopReason, VpIndex,
 };
 
+ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 
 /// The signal that gets a processor out of KVM: the first real-time signal that libc leaves us.
@@ -68,6 +73,33 @@ fn install_kick_handler() -> Result<(), PartitionError> {
         result = register_signal_handler(kick_signal(), on_kick);
     });
     result.map_err(call("cannot install a signal handler"))
+}
+
+/// Gets one processor out of KVM, from any thread, as long as that runs.
+#[derive(Default)]
+pub(super) struct Kick(Mutex<Option<libc::pthread_t>>);
+
+impl Kick {
+    fn set(&self, thread: Option<libc::pthread_t>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = thread;
+    }
+
+    /// Makes the processor look at what has changed before it enters the guest again. Its own thread
+    /// does so anyway.
+    pub(super) fn kick(&self) {
+        let thread = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = *thread
+            && thread != current_thread()
+        {
+            // SAFETY: the thread has not ended: before it does, it waits for the lock.
+            unsafe { libc::pthread_kill(thread, kick_signal()) };
+        }
+    }
+}
+
+fn current_thread() -> libc::pthread_t {
+    // SAFETY: it only tells a number.
+    unsafe { libc::pthread_self() }
 }
 
 /// What surrounds a processor.
@@ -106,17 +138,26 @@ pub(super) struct Vp {
     counters: Arc<ExitCounters>,
     /// There if user space serves the Hyper-V interface.
     user: Option<UserVp>,
+    /// There if KVM has only the local APICs.
+    controller: Option<(Arc<SplitIrqchip>, Arc<dyn InterruptController>)>,
 }
 
 /// Ends a processor's claim to its thread, and the whole run if that unwinds: the other processors
 /// would go on without it.
-struct RunGuard(StopHandle);
+struct RunGuard {
+    stop: StopHandle,
+    /// There if this processor has the PICs' interrupts.
+    pics: Option<Arc<SplitIrqchip>>,
+}
 
 impl Drop for RunGuard {
     fn drop(&mut self) {
+        if let Some(pics) = &self.pics {
+            pics.first().set(None);
+        }
         IMMEDIATE_EXIT.set(std::ptr::null_mut());
         if std::thread::panicking() {
-            self.0.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
+            self.stop.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
         }
     }
 }
@@ -165,7 +206,7 @@ impl Vp {
                 fd.enable_cap(&capability).map_err(call("cannot limit KVM to what is offered"))?;
             }
         }
-        let vp = Self { fd, environment, counters: Arc::default(), user: None };
+        let vp = Self { fd, environment, counters: Arc::default(), user: None, controller: None };
         vp.set_power_on_state()?;
         Ok(vp)
     }
@@ -189,6 +230,15 @@ impl Vp {
     /// From now on `user` serves the guest's Hyper-V interface.
     pub(super) fn serve_by(&mut self, user: UserVp) {
         self.user = Some(user);
+    }
+
+    /// From now on `controller` has the interrupts that are not a local APIC's.
+    pub(super) fn attach_controller(
+        &mut self,
+        split: &Arc<SplitIrqchip>,
+        controller: &Arc<dyn InterruptController>,
+    ) {
+        self.controller = Some((Arc::clone(split), Arc::clone(controller)));
     }
 
     /// The speed of its time stamp counter, if KVM knows it.
@@ -301,12 +351,46 @@ impl Vp {
     /// Runs until somebody stops the partition.
     pub(super) fn run(mut self, buses: &Buses, sink: &dyn MessageSink) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
-        let _guard = RunGuard(self.environment.stop.clone());
+        let split = self.controller.as_ref().map(|(split, _)| Arc::clone(split));
+        let pics = split.filter(|_| self.has_pics());
+        if let Some(pics) = &pics {
+            pics.first().set(Some(current_thread()));
+        }
+        let _guard = RunGuard { stop: self.environment.stop.clone(), pics };
         while !self.environment.stop.is_stopping() {
-            if let Next::Stop(reason) = self.step(buses, sink) {
+            let next = match self.offer_interrupt() {
+                Ok(()) => self.step(buses, sink),
+                Err(error) => self.fail(&format!("KVM does not take an interrupt: {error}")),
+            };
+            if let Next::Stop(reason) = next {
                 self.environment.stop.stop(reason);
             }
         }
+    }
+
+    /// Whether the output of PICs that are not KVM's is wired to this processor.
+    fn has_pics(&self) -> bool {
+        self.environment.index == VpIndex(0)
+    }
+
+    /// Takes an interrupt from the PICs if there is one and the processor can have it now. If it
+    /// cannot, KVM shall say when.
+    fn offer_interrupt(&mut self) -> io::Result<()> {
+        let Some((split, controller)) = &self.controller else { return Ok(()) };
+        if !self.has_pics() {
+            return Ok(());
+        }
+        if split.intr() && self.fd.get_kvm_run().ready_for_interrupt_injection != 0 {
+            let interrupt = kvm_interrupt { irq: controller.acknowledge().into() };
+            // SAFETY: the ioctl reads the structure and no more.
+            if unsafe { ioctl_with_ref(&self.fd, KVM_INTERRUPT(), &interrupt) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // Room for one, until the next exit says otherwise.
+            self.fd.get_kvm_run().ready_for_interrupt_injection = 0;
+        }
+        self.fd.get_kvm_run().request_interrupt_window = split.intr().into();
+        Ok(())
     }
 
     /// Lets the guest run until its next exit, and answers that.
@@ -387,6 +471,13 @@ impl Vp {
                 counters.count(ExitKind::SystemEvent);
                 return self.system_event(kind);
             }
+            Ok(VcpuExit::IoapicEoi(vector)) => {
+                counters.count(ExitKind::EndOfInterrupt);
+                if let Some((_, controller)) = &self.controller {
+                    controller.end_of_interrupt(vector);
+                }
+            }
+            Ok(VcpuExit::IrqWindowOpen) => counters.count(ExitKind::InterruptWindow),
             Ok(VcpuExit::Shutdown) => {
                 counters.count(ExitKind::Other);
                 return Next::Stop(StopReason::TripleFault);
@@ -410,6 +501,8 @@ impl Vp {
                 libc::EINTR => {
                     counters.count(ExitKind::Kick);
                     self.fd.set_kvm_immediate_exit(0);
+                    // What a signal from here on is about is looked at after it.
+                    compiler_fence(Ordering::SeqCst);
                 }
                 // A processor that was not started yet has been, or a signal came in between.
                 libc::EAGAIN => {}

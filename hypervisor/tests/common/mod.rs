@@ -276,7 +276,13 @@ pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<KvmPartit
     memory.write_obj(Gpa(TSS.0 + 4), &STACK.0).unwrap(); // RSP0
     write_handlers(&memory);
     memory.write(CODE, &code.0).unwrap();
-    let config = PartitionConfig { vps: 1, memory, hyper_v, synthetic_timers: timers };
+    let config = PartitionConfig {
+        vps: 1,
+        memory,
+        hyper_v,
+        irqchip: kvm::Irqchip::Kernel,
+        synthetic_timers: timers,
+    };
     let partition = KvmPartition::new(&config).unwrap();
     let state = BootState {
         entry: CODE,

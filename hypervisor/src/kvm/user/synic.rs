@@ -13,6 +13,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::hypercall::page::DOORBELL_PORT;
+use crate::kvm::irq::Routes;
 use crate::kvm::{call, irq};
 use crate::registers::SintState;
 use crate::synic::pages::{PageRegisters, SynicPages};
@@ -29,8 +30,7 @@ pub(in crate::kvm) struct UserSynic {
     vps: Box<[VpSints]>,
     /// Held while a slot is filled: the VMBus posts, and so do timers.
     posting: Mutex<()>,
-    /// Held while routes change: each processor changes its own.
-    routing: Mutex<()>,
+    routes: Arc<Routes>,
     slot_free: EventFd,
     /// What bound connections fire, for the rare signal that does not come by the doorbell.
     bound: Mutex<HashMap<u32, EventFd>>,
@@ -60,6 +60,7 @@ impl UserSynic {
     /// After the processors have been made.
     pub(in crate::kvm) fn new(
         vm: &Arc<VmFd>,
+        routes: &Arc<Routes>,
         memory: &GuestMemory,
         vps: u32,
     ) -> Result<Self, PartitionError> {
@@ -74,7 +75,7 @@ impl UserSynic {
             pages,
             vps: (0..vps).map(|_| VpSints::default()).collect(),
             posting: Mutex::default(),
-            routing: Mutex::default(),
+            routes: Arc::clone(routes),
             slot_free,
             bound: Mutex::default(),
             crashed: AtomicBool::default(),
@@ -118,14 +119,13 @@ impl UserSynic {
     /// Tells KVM where the VMBus's SINTs go. To change routes costs it a grace period, so it is
     /// done only when one has changed.
     fn route(&self) -> Result<(), PartitionError> {
-        let _routing = lock(&self.routing);
         let vector = |sints: &VpSints| {
             sints.vectors.get(usize::from(Sint::VMBUS.index())).map(|v| v.load(Ordering::Acquire))
         };
         let sints = (0..).map(VpIndex).zip(&self.vps).filter_map(|(vp, sints)| {
             vector(sints).filter(|vector| *vector != 0).map(|vector| irq::sint_vector(vp, vector))
         });
-        irq::set_routes(&self.vm, sints)
+        self.routes.set_sints(sints)
     }
 
     /// Puts `message` into a slot and raises its SINT.
