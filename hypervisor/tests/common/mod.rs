@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use hypervisor::kvm::{self, HyperV, KvmPartition, PartitionConfig};
+use hypervisor::kvm::{self, HyperV, Irqchip, KvmPartition, PartitionConfig};
 use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
 use hypervisor::{BootState, Bus, Device, Gpa, GuestMemory, Partition, StopHandle, StopReason};
 
@@ -249,6 +249,16 @@ fn write_handlers(memory: &GuestMemory) {
 /// A partition whose first processor starts with `code`, or `None`, with the reason told, where
 /// this host cannot have one.
 pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<KvmPartition> {
+    partition_with(Irqchip::Kernel, hyper_v, timers, code)
+}
+
+/// The same with a choice of interrupt controllers.
+pub fn partition_with(
+    irqchip: Irqchip,
+    hyper_v: HyperV,
+    timers: bool,
+    code: &Code,
+) -> Option<KvmPartition> {
     let lacking = match kvm::open() {
         Ok(kvm) => kvm::lacking(&kvm, hyper_v).map(str::to_owned),
         Err(error) => Some(error.to_string()),
@@ -276,13 +286,7 @@ pub fn partition(hyper_v: HyperV, timers: bool, code: &Code) -> Option<KvmPartit
     memory.write_obj(Gpa(TSS.0 + 4), &STACK.0).unwrap(); // RSP0
     write_handlers(&memory);
     memory.write(CODE, &code.0).unwrap();
-    let config = PartitionConfig {
-        vps: 1,
-        memory,
-        hyper_v,
-        irqchip: kvm::Irqchip::Kernel,
-        synthetic_timers: timers,
-    };
+    let config = PartitionConfig { vps: 1, memory, hyper_v, irqchip, synthetic_timers: timers };
     let partition = KvmPartition::new(&config).unwrap();
     let state = BootState {
         entry: CODE,
