@@ -8,8 +8,8 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail};
 use emulators::pci::{ConfigPorts, IoWindow, chipset};
 use emulators::{
-    Cmos, I8042, Ide, IdeCounters, IdeDisks, IdePlace, InterruptChips, Nothing, Pit, PmBlock,
-    ResetRegister, SmBus, Uart,
+    I8042, Ide, IdeCounters, IdeDisks, IdePlace, InterruptChips, Nothing, Pit, PmBlock,
+    ResetRegister, Rtc, SmBus, Uart,
 };
 use hypervisor::hosted::HostedPartition;
 use hypervisor::kvm::{self, HyperV, Irqchip, KernelCounters, KvmPartition, PartitionConfig};
@@ -302,11 +302,12 @@ impl Machine {
         let keyboard = Arc::new(I8042::new(stop));
         ports.add("i8042 data", I8042::DATA_PORT, 1, Arc::new(Nothing))?;
         ports.add("i8042 command", I8042::COMMAND_PORT, 1, keyboard)?;
-        ports.add("CMOS", Cmos::PORT, Cmos::PORTS, Arc::new(Cmos::default()))?;
+        let rtc = Arc::new(Rtc::new(partition.interrupt_line(Rtc::IRQ.into())?));
+        ports.add("RTC", Rtc::PORT.into(), Rtc::PORTS.into(), rtc)?;
         ports.add("POST code", 0x80, 1, Arc::new(Nothing))?;
         // What these say matters with the next read, or never. (PCI's address port does not belong
         // here: the reset register lies among its bytes, and has to act at once.)
-        for (port, count) in [(Cmos::PORT as u16, 1), (0x80, 1)] {
+        for (port, count) in [(Rtc::PORT, 1), (0x80, 1)] {
             partition.defer_port_writes(port, count)?;
         }
 

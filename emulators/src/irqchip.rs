@@ -142,6 +142,7 @@ impl Device for IoApicRegisters {
 
     fn write(&self, offset: u64, data: &[u8]) {
         let Ok(data) = <[u8; 4]>::try_from(data) else { return };
+        tracing::trace!("I/O APIC: {:#x} at {offset:#x}", u32::from_le_bytes(data));
         let chips = &*self.0;
         let mut send = |message| chips.send(message);
         let mut ioapic = lock(&chips.ioapic);

@@ -4,7 +4,7 @@
 //! since processors call it at the same time.
 
 mod alarm;
-mod cmos;
+
 pub mod fuzzing;
 mod i8042;
 mod ide;
@@ -12,15 +12,16 @@ mod irqchip;
 pub mod pci;
 mod pit;
 mod pm;
+mod rtc;
 mod smbus;
 mod uart;
 
-pub use cmos::Cmos;
 pub use i8042::I8042;
 pub use ide::{DriveError, Ide, IdeCounters, IdeDisks, Place as IdePlace};
 pub use irqchip::InterruptChips;
 pub use pit::Pit;
 pub use pm::{PmBlock, ResetRegister, SLEEP_TYPE_S5};
+pub use rtc::Rtc;
 pub use smbus::SmBus;
 pub use uart::Uart;
 

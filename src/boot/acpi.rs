@@ -15,7 +15,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use emulators::pci::ConfigPorts;
-use emulators::{Cmos, PmBlock, ResetRegister, SLEEP_TYPE_S5, Uart};
+use emulators::{PmBlock, ResetRegister, Rtc, SLEEP_TYPE_S5, Uart};
 use hypervisor::{Gpa, GuestMemory, MemoryError, layout};
 
 /// Where a BIOS would have them, and where guests look when nobody tells them.
@@ -99,7 +99,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     (fadt.pm1_evt_len, fadt.pm1_cnt_len, fadt.pm_tmr_len) = (4, 2, 4);
     // Latencies this large say that there are no such processor states.
     (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (0xfff.into(), 0xffff.into());
-    fadt.century = Cmos::CENTURY;
+    fadt.century = Rtc::CENTURY;
     fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA).into();
     fadt.reset_reg =
         GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, ResetRegister::PORT.into());

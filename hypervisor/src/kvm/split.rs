@@ -65,10 +65,11 @@ impl SplitIrqchip {
 
 impl LocalApics for SplitIrqchip {
     fn send(&self, message: InterruptMessage) -> bool {
-        let message =
-            kvm_msi { address_lo: message.address, data: message.data, ..Default::default() };
+        let InterruptMessage { address, data } = message;
+        let taken = self.vm.signal_msi(kvm_msi { address_lo: address, data, ..Default::default() });
+        tracing::trace!(?taken, "message {address:#x} {data:#x}");
         // It fails when the guest has switched that local APIC off, or named one that is not there.
-        self.vm.signal_msi(message).is_ok_and(|taken| taken > 0)
+        taken.is_ok_and(|taken| taken > 0)
     }
 
     fn set_level_messages(&self, messages: &[InterruptMessage]) {
