@@ -8,8 +8,8 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail};
 use emulators::pci::{ConfigPorts, IoWindow, chipset};
 use emulators::{
-    I8042, Ide, IdeCounters, IdeDisks, IdePlace, InterruptChips, Nothing, Pit, PmBlock,
-    ResetRegister, Rtc, SmBus, Uart,
+    ApmPorts, DebugPort, I8042, Ide, IdeCounters, IdeDisks, IdePlace, InterruptChips, Nothing, Pit,
+    PmBlock, ResetRegister, Rtc, SmBus, SystemControl, Uart,
 };
 use hypervisor::hosted::HostedPartition;
 use hypervisor::kvm::{self, HyperV, Irqchip, KernelCounters, KvmPartition, PartitionConfig};
@@ -299,17 +299,12 @@ impl Machine {
             ports.add("exit port", ExitPort::PORT.into(), 4, Arc::clone(exit) as _)?;
         }
 
-        let keyboard = Arc::new(I8042::new(stop));
-        ports.add("i8042 data", I8042::DATA_PORT, 1, Arc::new(Nothing))?;
-        ports.add("i8042 command", I8042::COMMAND_PORT, 1, keyboard)?;
         let rtc = Arc::new(Rtc::new(partition.interrupt_line(Rtc::IRQ.into())?));
         ports.add("RTC", Rtc::PORT.into(), Rtc::PORTS.into(), rtc)?;
-        ports.add("POST code", 0x80, 1, Arc::new(Nothing))?;
-        // What these say matters with the next read, or never. (PCI's address port does not belong
-        // here: the reset register lies among its bytes, and has to act at once.)
-        for (port, count) in [(Rtc::PORT, 1), (0x80, 1)] {
-            partition.defer_port_writes(port, count)?;
-        }
+        // Its index matters with the next access to its data. (PCI's address port cannot be treated
+        // so: the reset register lies among its bytes, and has to act at once.)
+        partition.defer_port_writes(Rtc::PORT, 1)?;
+        add_odd_ports(&mut ports, &*partition, stop)?;
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
         Ok(Self { partition, kind, kernel_counters, ports, mmio, chips, uart, pm, ide, exit })
@@ -379,6 +374,27 @@ impl Machine {
     pub fn run(&mut self, sink: &Arc<dyn MessageSink>) -> StopReason {
         self.partition.run(&self.ports, &self.mmio, sink)
     }
+}
+
+/// Puts into the machine what a PC's software takes for granted.
+fn add_odd_ports(
+    ports: &mut Bus,
+    partition: &dyn Partition,
+    stop: StopHandle,
+) -> anyhow::Result<()> {
+    for port in Nothing::DELAYS {
+        ports.add("delay", port.into(), 1, Arc::new(Nothing))?;
+        partition.defer_port_writes(port, 1)?;
+    }
+    for port in DebugPort::PORTS {
+        ports.add("debug port", port.into(), 1, Arc::new(DebugPort::default()))?;
+    }
+    let (apm, control) = (ApmPorts::default(), SystemControl::new(stop.clone()));
+    ports.add("APM", ApmPorts::PORT.into(), ApmPorts::PORTS.into(), Arc::new(apm))?;
+    ports.add("system control", SystemControl::PORT.into(), 1, Arc::new(control))?;
+    ports.add("i8042 data", I8042::DATA_PORT, 1, Arc::new(Nothing))?;
+    ports.add("i8042 command", I8042::COMMAND_PORT, 1, Arc::new(I8042::new(stop)))?;
+    Ok(())
 }
 
 /// Puts a PCI bus into the machine, with the chips that an IDE controller is part of. `reset` is the

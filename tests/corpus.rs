@@ -65,3 +65,13 @@ fn pci_config() {
 fn atapi_packets() {
     replay("atapi_packets", emulators::fuzzing::fuzz_atapi);
 }
+
+#[test]
+fn irqchip_registers() {
+    replay("irqchip_registers", emulators::fuzzing::fuzz_irqchip);
+}
+
+#[test]
+fn clock_registers() {
+    replay("clock_registers", emulators::fuzzing::fuzz_clocks);
+}

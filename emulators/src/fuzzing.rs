@@ -18,6 +18,18 @@ pub fn fuzz_atapi(data: &[u8]) {
     crate::ide::fuzz_packets(data);
 }
 
+/// Accesses to the interrupt controllers, with lines and processors that move; see the source for
+/// their form.
+pub fn fuzz_irqchip(data: &[u8]) {
+    crate::irqchip::fuzz(data);
+}
+
+/// Accesses to the timer and to the real-time clock at times that are told.
+pub fn fuzz_clocks(data: &[u8]) {
+    crate::pit::fuzz(data);
+    crate::rtc::fuzz(data);
+}
+
 /// Accesses to the ports of PCI's configuration space: a byte chooses port and width, up to four are
 /// written.
 pub fn fuzz_pci(mut data: &[u8]) {

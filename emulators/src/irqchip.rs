@@ -7,6 +7,7 @@
 //! them in the one that it does not use. A line moves, a register is accessed or an interrupt ends
 //! under the lock of the chip concerned, and what comes of it goes to the processors before the next.
 
+mod fuzz;
 mod ioapic;
 mod pic;
 
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hypervisor::interrupts::{InterruptController, InterruptMessage, LocalApics};
 use hypervisor::{Bus, BusError, Device, layout};
 
+pub(crate) use fuzz::fuzz;
 use ioapic::IoApic;
 use pic::Pics;
 
@@ -65,6 +67,17 @@ impl InterruptChips {
         value
     }
 
+    /// Takes a line to each level in turn.
+    fn move_line(&self, gsi: u32, levels: &[bool]) {
+        if let Ok(irq @ 0..16) = u8::try_from(gsi) {
+            self.pics(|pics| levels.iter().for_each(|high| pics.set_line(irq, *high)));
+        }
+        let mut ioapic = lock(&self.ioapic);
+        for high in levels {
+            ioapic.set_line(gsi, *high, &mut |message| self.send(message));
+        }
+    }
+
     fn send(&self, message: InterruptMessage) -> bool {
         self.messages.fetch_add(1, Ordering::Relaxed);
         self.apics.send(message)
@@ -77,10 +90,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl InterruptController for InterruptChips {
     fn set_line(&self, gsi: u32, high: bool) {
-        if let Ok(irq @ 0..16) = u8::try_from(gsi) {
-            self.pics(|pics| pics.set_line(irq, high));
-        }
-        lock(&self.ioapic).set_line(gsi, high, &mut |message| self.send(message));
+        self.move_line(gsi, &[high]);
+    }
+
+    fn pulse(&self, gsi: u32) {
+        self.move_line(gsi, &[true, false]);
     }
 
     fn acknowledge(&self) -> u8 {
@@ -151,5 +165,42 @@ impl Device for IoApicRegisters {
             chips.apics.set_level_messages(&ioapic.level_messages().collect::<Vec<_>>());
         }
         ioapic.refresh(&mut send);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Apics(AtomicU64);
+
+    impl LocalApics for Apics {
+        fn send(&self, _: InterruptMessage) -> bool {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            true
+        }
+
+        fn set_level_messages(&self, _: &[InterruptMessage]) {}
+
+        fn set_intr(&self, _: bool) {}
+    }
+
+    #[test]
+    fn pulses_of_several_threads_are_edges_each() {
+        const EACH: u64 = 2000;
+        let apics = Arc::new(Apics::default());
+        let chips = Arc::new(InterruptChips::new(Arc::clone(&apics) as _));
+        let mut mmio = Bus::mmio();
+        chips.add_to(&mut Bus::ports(), &mut mmio).unwrap();
+        mmio.write(layout::IOAPIC.0, &0x18_u32.to_le_bytes());
+        mmio.write(layout::IOAPIC.0 + 0x10, &0x34_u32.to_le_bytes()); // pin 4, not masked
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..EACH).for_each(|_| chips.pulse(4)));
+            }
+        });
+        assert_eq!(apics.0.load(Ordering::Relaxed), 2 * EACH);
+        assert_eq!(chips.counts(), (2 * EACH, 0));
     }
 }

@@ -9,6 +9,7 @@ pub mod fuzzing;
 mod i8042;
 mod ide;
 mod irqchip;
+mod odd_ports;
 pub mod pci;
 mod pit;
 mod pm;
@@ -19,23 +20,9 @@ mod uart;
 pub use i8042::I8042;
 pub use ide::{DriveError, Ide, IdeCounters, IdeDisks, Place as IdePlace};
 pub use irqchip::InterruptChips;
+pub use odd_ports::{ApmPorts, DebugPort, Nothing, SystemControl};
 pub use pit::Pit;
 pub use pm::{PmBlock, ResetRegister, SLEEP_TYPE_S5};
 pub use rtc::Rtc;
 pub use smbus::SmBus;
 pub use uart::Uart;
-
-use hypervisor::Device;
-
-/// Ports where writes go nowhere and reads give zero: the POST code at 0x80, whose writes serve as
-/// a delay.
-#[derive(Debug, Default)]
-pub struct Nothing;
-
-impl Device for Nothing {
-    fn read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&self, _: u64, _: &[u8]) {}
-}

@@ -217,5 +217,26 @@ impl Registers {
     }
 }
 
+/// For fuzzers: steps of four bytes, which are what and where, a value, and a time to wait.
+pub(crate) fn fuzz(data: &[u8]) {
+    let mut registers = Registers::new();
+    let mut now = 0;
+    for step in data.as_chunks::<4>().0 {
+        let [what, value, low, high] = *step;
+        now += u64::from(u16::from_le_bytes([low, high])) << (what >> 5);
+        registers.advance(now);
+        match what & 15 {
+            port @ 0..4 => drop(registers.read(port.into(), now)),
+            4 => drop(registers.read_gate(now)),
+            5 => registers.write_gate(value, now),
+            port => registers.write(u64::from(port & 3), value, now),
+        }
+        if let Some(edge) = registers.next_edge() {
+            assert!(edge > now && registers.counters[0].output(edge));
+            assert!(registers.clone().advance(edge) && !registers.clone().advance(edge - 1));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -117,6 +117,31 @@ impl Device for Rtc {
     }
 }
 
+/// For fuzzers: steps of four bytes, which are register, value, and a time to wait.
+pub(crate) fn fuzz(data: &[u8]) {
+    const START: Nanos = 1_735_689_599_000_000_000;
+    let mut registers = Registers::new(START);
+    let mut now = START;
+    for step in data.as_chunks::<4>().0 {
+        let [index, value, low, high] = *step;
+        now += Nanos::from(u16::from_le_bytes([low, high])) << 18;
+        registers.advance(now);
+        if index & 0x80 == 0 {
+            registers.write(index, value, now);
+        } else {
+            registers.read(index & 0x7f, now);
+        }
+        if let Some(next) = registers.next_interrupt() {
+            assert!(next > now);
+            let mut later = registers.clone();
+            later.advance(next - 1);
+            assert!(!later.output());
+            later.advance(next);
+            assert!(later.output());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Sender, channel};

@@ -12,6 +12,9 @@ pub trait InterruptController: Send + Sync {
     /// Line `gsi` goes up or down.
     fn set_line(&self, gsi: u32, high: bool);
 
+    /// Line `gsi` goes up and down, and nothing comes in between.
+    fn pulse(&self, gsi: u32);
+
     /// The first processor, which has seen [`LocalApics::set_intr`] high, takes the interrupt and
     /// wants its vector.
     fn acknowledge(&self) -> u8;

@@ -47,6 +47,10 @@ impl InterruptController for Controller {
         self.lines.lock().unwrap().push((gsi, high));
     }
 
+    fn pulse(&self, gsi: u32) {
+        self.lines.lock().unwrap().extend([(gsi, true), (gsi, false)]);
+    }
+
     fn acknowledge(&self) -> u8 {
         if self.waiting.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.apics.set_intr(false);

@@ -93,8 +93,9 @@ pub(super) struct ControllerLine {
 
 impl InterruptLine for ControllerLine {
     fn pulse(&self) {
-        self.set_level(true);
-        self.set_level(false);
+        if let Some(controller) = &self.controller {
+            controller.pulse(self.gsi);
+        }
     }
 
     fn set_level(&self, high: bool) {
