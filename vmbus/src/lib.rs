@@ -5,7 +5,8 @@
 //! The guest learns of a channel by an *offer*, hands the ring's pages over as a *GPADL* (guest
 //! physical address descriptor list), and opens it; [`protocol`] has those messages. From then on
 //! the two ends speak in [`packet`]s through an [`Incoming`](ring::Incoming) and an
-//! [`Outgoing`](ring::Outgoing) ring. [`vstor`] is what a storage channel's packets contain.
+//! [`Outgoing`](ring::Outgoing) ring. [`vstor`] is what a storage channel's packets contain, [`nvsp`] and, inside of it, [`rndis`] what
+//! a NIC's do.
 //!
 //! Everything is little-endian, as x86 is: the structures are read and written as they lie.
 
@@ -20,9 +21,11 @@ pub mod client;
 pub mod fuzzing;
 pub mod guid;
 pub mod mapped;
+pub mod nvsp;
 pub mod packet;
 pub mod protocol;
 pub mod ring;
+pub mod rndis;
 mod sync;
 pub mod vstor;
 
