@@ -40,7 +40,9 @@ use std::str::FromStr;
 pub use crate::block::Buffer;
 use crate::uring::{Cqe, Tag, Uring};
 
+pub mod loopback;
 pub mod offload;
+mod pieces;
 
 pub use offload::{Offload, Offloads};
 
@@ -216,6 +218,11 @@ impl Completions {
     /// Adds one.
     pub fn push(&mut self, completion: Completion) {
         self.0.push_back(completion);
+    }
+
+    /// Adds that a frame is in the buffer that was offered as `id`, if there was one.
+    fn received(&mut self, id: Option<u32>, len: u32, offload: Offload) {
+        self.0.extend(id.map(|id| Completion::Received { id, len, offload }));
     }
 
     /// Takes the oldest.
