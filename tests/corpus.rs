@@ -75,3 +75,18 @@ fn irqchip_registers() {
 fn clock_registers() {
     replay("clock_registers", emulators::fuzzing::fuzz_clocks);
 }
+
+#[test]
+fn nvsp_messages() {
+    replay("nvsp_messages", vsp::fuzzing::fuzz_nvsp);
+}
+
+#[test]
+fn rndis_control() {
+    replay("rndis_control", vsp::fuzzing::fuzz_rndis_control);
+}
+
+#[test]
+fn rndis_data() {
+    replay("rndis_data", vsp::fuzzing::fuzz_rndis_data);
+}

@@ -10,6 +10,21 @@ pub fn fuzz_vstor(data: &[u8]) {
     crate::storvsp::fuzz(data);
 }
 
+/// Messages of a NIC's handshake, and completions: see the source for their form.
+pub fn fuzz_nvsp(data: &[u8]) {
+    crate::netvsp::fuzz_nvsp(data);
+}
+
+/// Control messages of a NIC: see the source for their form.
+pub fn fuzz_rndis_control(data: &[u8]) {
+    crate::netvsp::fuzz_control(data);
+}
+
+/// A packet of frames that a guest sends: see the source for its form.
+pub fn fuzz_rndis_data(data: &[u8]) {
+    crate::netvsp::fuzz_data(data);
+}
+
 /// One command to a logical unit: 8 bytes choose the disk and the transport, 16 are the CDB (fewer
 /// if the data ends), the rest is what the initiator sends.
 pub fn fuzz_cdb(data: &[u8]) {

@@ -1,11 +1,13 @@
 //! Service providers (VSPs): what the root partition does for its guests' synthetic devices.
 //!
 //! [`storvsp`] serves disks. It speaks VMBus's storage protocol with the guest and SCSI inside of
-//! it, and leaves the disks themselves to [`backends::block`].
+//! it, and leaves the disks themselves to [`backends::block`]. [`netvsp`] serves NICs: it speaks the
+//! network protocol and RNDIS inside of it, and leaves frames to [`backends::net`].
 
 #[doc(hidden)]
 pub mod fuzzing;
 mod limited;
+pub mod netvsp;
 pub mod scsi;
 pub mod storvsp;
 

@@ -1,0 +1,166 @@
+//! netvsp: the service provider behind the guest's netvsc, a synthetic NIC.
+//!
+//! ```text
+//!   Nic                  a device on the bus, plugged into a network
+//!    ├─ Session          what its channels share: buffers, filter, address
+//!    └─ Worker           one for each open channel: a thread with an io_uring of its own
+//!        └─ Engine       frames under way: packets in, frames to the network's queue and back
+//!            ├─ Handshake    how the first channel is taken into use (NVSP)
+//!            ├─ Control      the NIC's settings (RNDIS)
+//!            ├─ transmit     frames in what the guest sends
+//!            ├─ receive      frames for the guest
+//!            └─ Slots        whose the slots of the receive buffer are
+//! ```
+//!
+//! A guest opens the NIC's channel, and as many sub-channels as the network has further queues and
+//! the guest further processors. Each channel has a queue of its own and its own part of the receive
+//! buffer, so that workers share no more than what the guest has set.
+
+mod control;
+mod engine;
+mod fuzz;
+mod handshake;
+mod pages;
+mod receive;
+mod session;
+mod slots;
+mod transmit;
+mod worker;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+
+use backends::net::{MacAddr, Network};
+use tracing::{debug, warn};
+use vmbus::{Guid, nvsp};
+use vmbus_server::{Channel, Device, OfferParams};
+
+use control::{Control, Identity};
+use engine::{Engine, Primary};
+use handshake::{Grants, Handshake};
+use session::Session;
+use worker::Worker;
+
+pub(crate) use fuzz::{fuzz_control, fuzz_data, fuzz_nvsp};
+pub use session::NicCounters;
+
+/// The most channels of a NIC, as many as Linux opens (`VRSS_CHANNEL_MAX`).
+const MAX_CHANNELS: u16 = 64;
+
+/// What a NIC is to be.
+#[derive(Clone, Debug)]
+pub struct NicConfig {
+    /// Which of the partition's NICs it is; its place on the bus follows from it.
+    pub number: u8,
+    /// Its address.
+    pub address: MacAddr,
+    /// The largest MTU that the guest may set, in bytes.
+    pub max_mtu: u16,
+    /// The most channels, at least 1.
+    pub channels: u16,
+    /// What Linux makes its alias; nothing if empty.
+    pub name: String,
+}
+
+/// A synthetic NIC.
+pub struct Nic {
+    number: u8,
+    identity: Identity,
+    network: Arc<dyn Network>,
+    counters: Arc<[NicCounters]>,
+    session: Arc<Session>,
+}
+
+impl fmt::Debug for Nic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nic").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+impl Nic {
+    /// A NIC that is plugged into `network`.
+    pub fn new(config: NicConfig, network: Arc<dyn Network>) -> Self {
+        let link = network.link();
+        let channels = config.channels.min(link.queues).clamp(1, MAX_CHANNELS);
+        let identity = Identity {
+            address: config.address,
+            max_mtu: config.max_mtu.min(link.mtu),
+            name: config.name,
+            channels,
+            takes: link.takes,
+            gives: backends::net::Offloads::NONE,
+        };
+        Self {
+            number: config.number,
+            identity,
+            network,
+            counters: (0..channels).map(|_| NicCounters::default()).collect(),
+            session: Arc::default(),
+        }
+    }
+
+    /// What passes through it, by channel.
+    pub fn counters(&self) -> Arc<[NicCounters]> {
+        Arc::clone(&self.counters)
+    }
+
+    /// What the first channel does besides. With it the guest begins anew.
+    fn begin(&mut self) -> Primary {
+        self.session = Arc::default();
+        let grants =
+            Grants { subchannels: self.identity.channels - 1, max_mtu: self.identity.max_mtu };
+        Primary {
+            handshake: Handshake::new(grants),
+            control: Control::new(self.identity.clone(), &self.network.link()),
+            pending: VecDeque::new(),
+        }
+    }
+}
+
+/// The instance of NIC `number`: any will do that is always the same.
+fn instance(number: u8) -> Guid {
+    let mut wire = Guid::new("6f0e3a5c-52c1-4d0e-9a55-7a3f6b1d2e00").to_wire();
+    if let Some(last) = wire.last_mut() {
+        *last = number;
+    }
+    Guid::from_wire(wire)
+}
+
+impl Device for Nic {
+    fn offer(&self) -> OfferParams {
+        OfferParams::new(nvsp::NETWORK_CLASS, instance(self.number))
+    }
+
+    fn open(&mut self, channel: Channel) -> io::Result<()> {
+        let (number, subchannel) = (self.number, channel.subchannel);
+        let primary = (subchannel == 0).then(|| self.begin());
+        let (network, session) = (Arc::clone(&self.network), Arc::clone(&self.session));
+        let counters = self.counters();
+        let (ready, is_ready) = mpsc::sync_channel(1);
+        let name = format!("netvsp{number}.{subchannel}");
+        thread::Builder::new().name(name).spawn(move || {
+            let engine = Engine::new(&channel, network, session, counters, primary);
+            match Worker::new(channel, engine) {
+                Ok(mut worker) => {
+                    let _ = ready.send(Ok(()));
+                    match worker.run() {
+                        Ok(()) => debug!(nic = number, subchannel, "closed"),
+                        Err(fault) => {
+                            let source = std::error::Error::source(&fault);
+                            let why = source.map(|s| format!(": {s}")).unwrap_or_default();
+                            warn!("netvsp{number}.{subchannel}: channel given up: {fault}{why}");
+                        }
+                    }
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        })?;
+        is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("the worker ended at once")))
+    }
+}

@@ -1,0 +1,333 @@
+//! What the guest sends: frames, one after the other, in the bytes of one packet.
+//!
+//! Each is an RNDIS message of three parts: a fixed one, per-packet information, and the frame. The
+//! first two are copied out once and checked; the frame stays where it is and goes to the network
+//! from there. Only where something in front of it has to change, a tag to be put in or lengths to
+//! be filled in before it is cut, its headers are copied ([`Front`]).
+
+use backends::net::offload::{Checksum, Segmentation, Segments};
+use backends::net::{Buffer, ETHERNET_HEADER, MAX_BUFFERS, Offload, Offloads};
+use thiserror::Error;
+use vmbus::rndis::{
+    HEADER_SIZE, Header, LargeSend, MessageKind, PacketBody, PacketInfo, PacketInfoKind,
+    TransmitChecksum, VlanTag,
+};
+use zerocopy::FromBytes;
+
+use super::pages::Reader;
+
+/// The most bytes of per-packet information that a frame can have; Linux sends 64.
+const MAX_INFO: usize = 256;
+/// The longest headers that are understood: Ethernet's, IP's with options, TCP's with options.
+const MAX_HEADERS: usize = 252;
+/// Bytes of a VLAN tag.
+const TAG: usize = 4;
+/// The EtherType in front of a VLAN tag (IEEE 802.1Q).
+const TAG_TYPE: u16 = 0x8100;
+/// Both Ethernet addresses.
+const ADDRESSES: usize = 12;
+
+/// What a NIC takes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// The longest frame that is not to be cut, without a tag beside it.
+    pub max_frame: u32,
+    /// What may be left to do.
+    pub takes: Offloads,
+}
+
+/// A frame to send; its buffers are apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Outbound {
+    /// Bytes.
+    pub len: u32,
+    /// What is left to do.
+    pub offload: Offload,
+}
+
+/// The changed front of a frame, for as long as the frame is under way.
+#[derive(Debug)]
+pub(super) struct Front([u8; MAX_HEADERS + TAG]);
+
+impl Front {
+    pub(super) const fn new() -> Self {
+        Self([0; _])
+    }
+}
+
+/// Why a packet's frames were not sent, or not all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(super) enum Malformed {
+    /// A message ends before what it says it has.
+    #[error("a message is cut short")]
+    Short,
+    /// It is not a frame.
+    #[error("a message is no frame")]
+    Kind,
+    /// Parts of a message overlap.
+    #[error("parts of a message overlap")]
+    Overlap,
+    /// Its per-packet information makes no sense.
+    #[error("per-packet information makes no sense")]
+    Info,
+    /// The frame is too short or too long.
+    #[error("a frame has an impossible length")]
+    Length,
+    /// What is left to do to the frame cannot be done.
+    #[error("a frame asks for what cannot be done to it")]
+    Offload,
+    /// It lies in too many pieces.
+    #[error("a frame lies in too many pieces")]
+    Pieces,
+}
+
+/// What per-packet information says.
+#[derive(Clone, Copy, Debug, Default)]
+struct Info {
+    checksum: Option<TransmitChecksum>,
+    large: Option<LargeSend>,
+    vlan: Option<VlanTag>,
+}
+
+/// Takes the next frame of a packet, leaving its memory in `buffers`. `None`: there is no other.
+pub(super) fn next_frame(
+    reader: &mut Reader<'_>,
+    limits: &Limits,
+    front: &mut Front,
+    buffers: &mut Vec<Buffer>,
+) -> Result<Option<Outbound>, Malformed> {
+    buffers.clear();
+    if reader.left() == 0 {
+        return Ok(None);
+    }
+    let mut message = *reader;
+    let mut fixed = [0; HEADER_SIZE + size_of::<PacketBody>()];
+    message.read(&mut fixed).ok_or(Malformed::Short)?;
+    let (header, body) = fixed.split_at(HEADER_SIZE);
+    let header = Header::read_from_bytes(header).map_err(|_| Malformed::Short)?;
+    let body = PacketBody::read_from_bytes(body).map_err(|_| Malformed::Short)?;
+    if header.kind != MessageKind::Packet {
+        return Err(Malformed::Kind);
+    }
+    let room = header.len.checked_sub(HEADER_SIZE as u32).ok_or(Malformed::Short)?;
+    if u64::from(header.len) > reader.left() || (room as usize) < size_of::<PacketBody>() {
+        return Err(Malformed::Short);
+    }
+    let info = read_info(&message, &body, room)?;
+
+    let data_end = body.data_offset.checked_add(body.data_len).ok_or(Malformed::Short)?;
+    if data_end > room {
+        return Err(Malformed::Short);
+    }
+    if (body.data_offset as usize) < size_of::<PacketBody>() {
+        return Err(Malformed::Overlap);
+    }
+    let mut frame = *reader;
+    frame.skip(HEADER_SIZE as u32 + body.data_offset).ok_or(Malformed::Short)?;
+    let outbound = place(frame, body.data_len, info, limits, front, buffers)?;
+    reader.skip(header.len).ok_or(Malformed::Short)?;
+    Ok(Some(outbound))
+}
+
+/// Reads the per-packet information of a message whose body is `room` bytes long and whose fixed
+/// part has been read.
+fn read_info(message: &Reader<'_>, body: &PacketBody, room: u32) -> Result<Info, Malformed> {
+    let mut info = Info::default();
+    if body.info_len == 0 {
+        return Ok(info);
+    }
+    let end = body.info_offset.checked_add(body.info_len).ok_or(Malformed::Short)?;
+    let behind = body.info_offset.checked_sub(size_of::<PacketBody>() as u32);
+    let behind = behind.ok_or(Malformed::Overlap)?;
+    if end > room {
+        return Err(Malformed::Short);
+    }
+    let data_end = body.data_offset.checked_add(body.data_len).ok_or(Malformed::Short)?;
+    if body.data_offset < end && body.info_offset < data_end {
+        return Err(Malformed::Overlap);
+    }
+    let mut bytes = [0; MAX_INFO];
+    let bytes = bytes.get_mut(..body.info_len as usize).ok_or(Malformed::Info)?;
+    let mut reader = *message;
+    reader.skip(behind).ok_or(Malformed::Short)?;
+    reader.read(bytes).ok_or(Malformed::Short)?;
+
+    let mut left: &[u8] = bytes;
+    while !left.is_empty() {
+        let (piece, _) = PacketInfo::read_from_prefix(left).map_err(|_| Malformed::Info)?;
+        // An entry is at least as long as its front, so this ends.
+        if (piece.size as usize) < size_of::<PacketInfo>() {
+            return Err(Malformed::Info);
+        }
+        let (entry, rest) = left.split_at_checked(piece.size as usize).ok_or(Malformed::Info)?;
+        left = rest;
+        let value = || {
+            if (piece.value_offset as usize) < size_of::<PacketInfo>() {
+                return Err(Malformed::Info);
+            }
+            let value = entry.get(piece.value_offset as usize..).and_then(<[u8]>::first_chunk);
+            value.map(|value| u32::from_le_bytes(*value)).ok_or(Malformed::Info)
+        };
+        match piece.kind {
+            PacketInfoKind::Checksum => info.checksum = Some(TransmitChecksum(value()?)),
+            PacketInfoKind::LargeSend => info.large = Some(LargeSend(value()?)),
+            PacketInfoKind::Vlan => info.vlan = Some(VlanTag(value()?)),
+            _ => {}
+        }
+    }
+    Ok(info)
+}
+
+/// Finds the memory of a frame of `len` bytes that begins at `frame`, and says what is left to do.
+fn place(
+    mut frame: Reader<'_>,
+    len: u32,
+    info: Info,
+    limits: &Limits,
+    front: &mut Front,
+    buffers: &mut Vec<Buffer>,
+) -> Result<Outbound, Malformed> {
+    let tag = if info.vlan.is_some() { TAG as u32 } else { 0 };
+    if (len as usize) < ETHERNET_HEADER {
+        return Err(Malformed::Length);
+    }
+    let mut offload = Offload::NONE;
+    // How many bytes of the frame are taken from `front`.
+    let mut copied = 0;
+    if let Some(large) = info.large {
+        let headers = len.min(MAX_HEADERS as u32) as usize;
+        let headers = front.0.get_mut(..headers).ok_or(Malformed::Length)?;
+        frame.clone().read(headers).ok_or(Malformed::Short)?;
+        (offload, copied) = prepare_large(headers, len, large, limits).ok_or(Malformed::Offload)?;
+    } else {
+        if len > limits.max_frame {
+            return Err(Malformed::Length);
+        }
+        if let Some(checksum) = info.checksum {
+            offload.checksum = partial(checksum).ok_or(Malformed::Offload)?;
+        }
+        if info.vlan.is_some() {
+            copied = ADDRESSES;
+            let addresses = front.0.get_mut(..copied).ok_or(Malformed::Length)?;
+            frame.clone().read(addresses).ok_or(Malformed::Short)?;
+        }
+    }
+    frame.skip(copied as u32).ok_or(Malformed::Short)?;
+    let rest = len - copied as u32;
+    if let Some(vlan) = info.vlan {
+        front.0.copy_within(ADDRESSES..copied, ADDRESSES + TAG);
+        let [a, b] = TAG_TYPE.to_be_bytes();
+        let [c, d] = vlan.tci().to_be_bytes();
+        if let Some(place) = front.0.get_mut(ADDRESSES..ADDRESSES + TAG) {
+            place.copy_from_slice(&[a, b, c, d]);
+        }
+        copied += TAG;
+        if let Checksum::Partial { start, .. } = &mut offload.checksum {
+            *start += TAG as u16;
+        }
+        if let Some(segments) = &mut offload.segments {
+            segments.header_len += TAG as u16;
+        }
+    }
+    if copied > 0 {
+        let bytes = front.0.get_mut(..copied).ok_or(Malformed::Length)?;
+        buffers.push(bytes.into());
+    }
+    frame.buffers(rest, buffers).ok_or(Malformed::Short)?;
+    if buffers.len() > MAX_BUFFERS {
+        return Err(Malformed::Pieces);
+    }
+    let len = len + tag;
+    if !offload.fits(len as usize) || !limits.takes.contains(offload.needs()) {
+        return Err(Malformed::Offload);
+    }
+    Ok(Outbound { len, offload })
+}
+
+/// Where the checksum goes. The guest has put the pseudo-header's sum there.
+fn partial(checksum: TransmitChecksum) -> Option<Checksum> {
+    let offset = if checksum.has(TransmitChecksum::TCP) {
+        16
+    } else if checksum.has(TransmitChecksum::UDP) {
+        6
+    } else {
+        return Some(Checksum::Unknown);
+    };
+    let start = checksum.transport_offset();
+    (usize::from(start) > ETHERNET_HEADER).then_some(Checksum::Partial { start, offset })
+}
+
+/// Makes the headers of a packet that is to be cut what they would be if there were such long
+/// packets. NDIS leaves IP's length out, and with it its checksum, and TCP's part of the
+/// pseudo-header's sum; the kernel, as virtio, wants them all. Returns what is to be done, and
+/// how many bytes of headers there are.
+fn prepare_large(
+    headers: &mut [u8],
+    len: u32,
+    large: LargeSend,
+    limits: &Limits,
+) -> Option<(Offload, usize)> {
+    if !large.is_v2() {
+        return None;
+    }
+    let ip = match headers.get(ADDRESSES..ADDRESSES + 2)? {
+        [0x81, 0x00] => ETHERNET_HEADER + TAG,
+        _ => ETHERNET_HEADER,
+    };
+    let tcp = usize::from(large.transport_offset());
+    let tcp_len = len.checked_sub(tcp as u32)?;
+    let ip_len = u16::try_from(len.checked_sub(ip as u32)?).ok()?;
+    let version = *headers.get(ip)? >> 4;
+    if large.is_ipv6() {
+        if version != 6 || tcp < ip + 40 {
+            return None;
+        }
+        let payload = ip_len.checked_sub(40)?;
+        headers.get_mut(ip + 4..ip + 6)?.copy_from_slice(&payload.to_be_bytes());
+    } else {
+        let header_len = usize::from(*headers.get(ip)? & 0xF) * 4;
+        if version != 4 || header_len < 20 || tcp != ip + header_len {
+            return None;
+        }
+        headers.get_mut(ip + 2..ip + 4)?.copy_from_slice(&ip_len.to_be_bytes());
+        headers.get_mut(ip + 10..ip + 12)?.fill(0);
+        let checksum = !fold(sum(headers.get(ip..tcp)?));
+        headers.get_mut(ip + 10..ip + 12)?.copy_from_slice(&checksum.to_be_bytes());
+    }
+    let [data_offset, flags] = *headers.get(tcp + 12..tcp + 14)? else { return None };
+    let tcp_header = usize::from(data_offset >> 4) * 4;
+    let header_len = tcp + tcp_header;
+    let payload = len.checked_sub(header_len as u32)?;
+    if tcp_header < 20 || header_len > headers.len() {
+        return None;
+    }
+    let place = headers.get_mut(tcp + 16..tcp + 18)?;
+    let seed = fold(sum(place) + tcp_len);
+    place.copy_from_slice(&seed.to_be_bytes());
+
+    let size = u16::try_from(large.segment_size()).ok().filter(|size| *size > 0)?;
+    let segments = (payload > u32::from(size)).then_some(Segments {
+        kind: if large.is_ipv6() { Segmentation::Tcp6 } else { Segmentation::Tcp4 },
+        // CWR
+        ecn: flags & 0x80 != 0 && limits.takes.contains(Offloads::TSO_ECN),
+        size,
+        header_len: header_len as u16,
+    });
+    let start = large.transport_offset();
+    Some((Offload { checksum: Checksum::Partial { start, offset: 16 }, segments }, header_len))
+}
+
+/// The sum of 16-bit words in network order, of at most a few hundred bytes.
+fn sum(bytes: &[u8]) -> u32 {
+    let (words, _) = bytes.as_chunks::<2>();
+    words.iter().map(|word| u32::from(u16::from_be_bytes(*word))).sum()
+}
+
+/// One's complement: what carries over is added again.
+fn fold(sum: u32) -> u16 {
+    let sum = (sum & 0xFFFF) + (sum >> 16);
+    ((sum & 0xFFFF) + (sum >> 16)) as u16
+}
+
+#[cfg(test)]
+mod tests;
