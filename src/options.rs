@@ -1,4 +1,4 @@
-//! What the values of command-line options mean: sizes, disks, the serial port, the
+//! What the values of command-line options mean: sizes, disks, NICs ([`nic`]), the serial port, the
 //! partition and its SynIC.
 //!
 //! A list value such as `path=a.img,readonly=on` is `key=value` pairs parted by commas; a comma
@@ -9,6 +9,9 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+#[cfg_attr(not(test), allow(dead_code, reason = "no device takes it yet"))]
+pub mod nic;
+
 /// Why an option's value was refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum OptionError {
@@ -16,8 +19,13 @@ pub enum OptionError {
     #[error("'{0}' is not a size; write a number with K, M or G, such as 512M")]
     Size(String),
     /// A part without an equals sign.
-    #[error("'{0}' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…")]
-    NoValue(String),
+    #[error("'{part}' is not KEY=VALUE; {written}[,KEY=VALUE]…")]
+    NoValue {
+        /// The part.
+        part: String,
+        /// How the list begins.
+        written: &'static str,
+    },
     /// A key nobody knows.
     #[error("unknown key '{key}'; known are {known}")]
     UnknownKey {
@@ -40,6 +48,14 @@ pub enum OptionError {
         /// With what it would do.
         attach: &'static str,
     },
+    /// A key that says nothing about a NIC with this backend.
+    #[error("'{key}' goes with backend={backend} only")]
+    Backend {
+        /// The key.
+        key: &'static str,
+        /// With what it would do.
+        backend: &'static str,
+    },
     /// A value outside the allowed ones.
     #[error("{key}={value} is not possible; {key} is {allowed}")]
     Value {
@@ -52,8 +68,18 @@ pub enum OptionError {
     },
 }
 
-/// Parts a list value into its keys and values.
+/// Parts a list value that describes a disk into its keys and values.
 fn pairs(list: &str) -> Result<Vec<(String, String)>, OptionError> {
+    pairs_with(list, "a disk is written path=FILE", &[])
+}
+
+/// Parts a list value into its keys and values. `written` says how one begins; a key in `repeated`
+/// may come more than once.
+fn pairs_with(
+    list: &str,
+    written: &'static str,
+    repeated: &[&str],
+) -> Result<Vec<(String, String)>, OptionError> {
     let mut parts = vec![String::new()];
     let mut chars = list.chars().peekable();
     while let Some(c) = chars.next() {
@@ -67,9 +93,10 @@ fn pairs(list: &str) -> Result<Vec<(String, String)>, OptionError> {
     }
     let mut pairs: Vec<(String, String)> = Vec::new();
     for part in parts {
-        let (key, value) =
-            part.split_once('=').ok_or_else(|| OptionError::NoValue(part.clone()))?;
-        if pairs.iter().any(|(other, _)| other == key) {
+        let (key, value) = part
+            .split_once('=')
+            .ok_or_else(|| OptionError::NoValue { part: part.clone(), written })?;
+        if pairs.iter().any(|(other, _)| other == key) && !repeated.contains(&key) {
             return Err(OptionError::Twice(key.to_owned()));
         }
         pairs.push((key.to_owned(), value.to_owned()));
