@@ -1,7 +1,8 @@
 //! The program `partita`: the root partition's virtualization stack on a command line.
 //!
 //! [`options`] reads what the user wants, [`machine`] puts the machine together, [`boot`] loads its
-//! operating system, [`run`] lets it run with its disks until it ends, [`demo`] shows all of it with
+//! operating system, [`network`] what its NICs are plugged into, [`run`] lets it run with all of them
+//! until it ends, [`demo`] shows all of it with
 //! the [`builtin`] guest, [`hosted`] is that guest where there is no KVM, and [`doctor`] looks at the host. An error is one line, and ends the program with 1.
 
 mod boot;
@@ -10,6 +11,7 @@ mod demo;
 mod doctor;
 mod hosted;
 mod machine;
+mod network;
 mod options;
 mod run;
 mod statistics;

@@ -9,7 +9,6 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-#[cfg_attr(not(test), allow(dead_code, reason = "no device takes it yet"))]
 pub mod nic;
 
 /// Why an option's value was refused.

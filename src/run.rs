@@ -1,6 +1,6 @@
 //! `partita run`: a machine with disks, from the command line to its end.
 //!
-//! Disks are opened first and stay open and locked over the guest's restarts; everything else is
+//! Disks and networks are opened first and stay open, disks also locked, over the guest's restarts; everything else is
 //! made anew at each, which is what a reset means.
 
 use std::collections::BTreeMap;
@@ -18,9 +18,12 @@ use clap::Args;
 use emulators::IdeDisks;
 use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
+use vsp::netvsp::Nic;
 use vsp::storvsp::{Controller, ControllerBuilder};
 
 use crate::machine::{Guest, Machine, MachineConfig};
+use crate::network::{self, Plugged};
+use crate::options::nic::NicOption;
 use crate::options::{
     Attach, DiskOption, IrqchipOption, PartitionOption, SerialOption, Size, SynicOption,
 };
@@ -34,12 +37,15 @@ Examples:
   partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2
   partita run --kernel vmlinuz --disk path=a.img --disk path=b.img,readonly=on,lun=5 \\
       --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
+  partita run --kernel vmlinuz --initrd initrd.img --nic backend=tap:tap0,mac=52:54:00:12:34:56
   partita run --builtin 'identify; bench rw=read bs=4k depth=32 time=2s' --disk path=a.img
 
 Disks take path=PATH and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
 attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. With
 attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes: the
 first that writes owns the disk. A comma in a value is written twice.
+
+NICs take backend=tap:NAME and, separated by commas: mac=ADDRESS, mtu=68..9000, queues=1..64.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N]
@@ -75,6 +81,9 @@ pub struct Run {
     /// A CD-ROM drive with this ISO image in it, on the IDE controller; may be given several times
     #[arg(long, value_name = "ISO")]
     cdrom: Vec<PathBuf>,
+    /// A NIC: backend=tap:NAME[,KEY=VALUE]…; may be given several times
+    #[arg(long, value_name = "NIC")]
+    nic: Vec<NicOption>,
     /// Where the serial port leads: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOption,
@@ -152,6 +161,7 @@ impl Run {
             );
         }
         controllers(&disks, &ide, self.cpus)?;
+        let cables = network::plug(&self.nic, self.cpus)?;
         let builtin = self.builtin.is_some();
         let guest = match (self.builtin, self.kernel) {
             (Some(work), _) => Guest::Builtin { work },
@@ -188,11 +198,14 @@ impl Run {
             }
             let console = console.as_ref().expect("just made");
 
-            let devices = controllers(&disks, &ide, config.vps)?;
+            let mut devices = controllers(&disks, &ide, config.vps)?;
+            let nics: Vec<_> = cables.iter().map(Plugged::nic).collect();
+            let nic_counters = nics.iter().map(Nic::counters).collect();
+            devices.extend(nics.into_iter().map(|nic| Box::new(nic) as Box<dyn Device>));
             let host = Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
                 .context("cannot start the VMBus")?;
             let sink = host.sink();
-            let statistics = Arc::new(Statistics::new(&machine, host));
+            let statistics = Arc::new(Statistics::new(&machine, host, nic_counters));
             console.attach(&machine, &statistics);
             let reason = machine.run(&sink);
             let status = machine.exit_status();

@@ -8,6 +8,7 @@ use emulators::{IdeCounters, InterruptChips};
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{Bus, ExitCounters};
 use vmbus_server::Host;
+use vsp::netvsp::NicCounters;
 
 use crate::machine::Machine;
 
@@ -20,12 +21,13 @@ pub struct Statistics {
     mmio: Arc<Bus>,
     chips: Option<Arc<InterruptChips>>,
     ide: Option<IdeCounters>,
+    nics: Vec<Arc<[NicCounters]>>,
     started: Instant,
 }
 
 impl Statistics {
-    /// Those of a machine that is about to run, with its bus.
-    pub fn new(machine: &Machine, host: Host) -> Self {
+    /// Those of a machine that is about to run, with its bus and its NICs.
+    pub fn new(machine: &Machine, host: Host, nics: Vec<Arc<[NicCounters]>>) -> Self {
         let (ports, mmio) = machine.buses();
         Self {
             host,
@@ -35,6 +37,7 @@ impl Statistics {
             mmio,
             chips: machine.interrupt_chips(),
             ide: machine.ide_counters(),
+            nics,
             started: Instant::now(),
         }
     }
@@ -77,6 +80,12 @@ impl Statistics {
             ];
             let values = values.map(|(name, counter)| format!("{name} {}", counter.get()));
             report += &format!("stats: channel {instance}.{index}: {}\n", values.join(", "));
+        }
+        for (number, channels) in self.nics.iter().enumerate() {
+            for (index, counters) in channels.iter().enumerate() {
+                let values = counters.all().map(|(name, value)| format!("{name} {value}"));
+                report += &format!("stats: nic{number}.{index}: {}\n", values.join(", "));
+            }
         }
         if let Some((own, files)) = resident() {
             report += &format!(
