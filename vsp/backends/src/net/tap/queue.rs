@@ -6,12 +6,14 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use io_uring::opcode;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use zerocopy::FromZeros;
 
 use super::open::Shared;
@@ -118,6 +120,10 @@ pub(super) struct TapQueue {
     reading: usize,
     /// Whether the kernel will tell when there is something to read.
     polling: bool,
+    /// Whether the ring can be told not to wait for a frame. Of a file that does not block it tries
+    /// reads that find nothing again, unless each says that it shall not; kernels before 6.4 do not
+    /// take that of a tap. There, reads are system calls.
+    nowait: bool,
     /// How many reads the next batch has, and how many of the present one found a frame.
     batch: usize,
     hits: usize,
@@ -133,6 +139,7 @@ impl TapQueue {
         // Not registered: the ring would keep the tap for longer than this queue.
         let target = Target::descriptor(shared.fd(index));
         let up = shared.is_up();
+        let nowait = can_skip_waiting(shared.fd(index));
         Self {
             shared,
             index,
@@ -144,6 +151,7 @@ impl TapQueue {
             unfilled: Vec::with_capacity(MAX_BATCH),
             reading: 0,
             polling: false,
+            nowait,
             batch: 1,
             hits: 0,
             recalled: false,
@@ -168,9 +176,12 @@ impl TapQueue {
     }
 
     /// Reads a batch, without waiting.
-    fn read_batch(&mut self, uring: &mut Uring) {
+    fn read_batch(&mut self, uring: &mut Uring, done: &mut Completions) {
         if !self.wants_batch() {
             return;
+        }
+        if !self.nowait {
+            return self.read_now(uring, done);
         }
         self.hits = 0;
         for _ in 0..self.batch {
@@ -181,6 +192,7 @@ impl TapQueue {
             let pieces = &slot.pieces;
             let entry =
                 opcode::Readv::new(self.target.fd(), pieces.as_ptr().cast(), pieces.len() as u32)
+                    .rw_flags(libc::RWF_NOWAIT)
                     .build()
                     .flags(self.target.flags())
                     .user_data(token);
@@ -192,6 +204,36 @@ impl TapQueue {
                 break;
             }
             self.reading += 1;
+        }
+    }
+
+    /// [`Self::read_batch`] by a system call for each frame.
+    fn read_now(&mut self, uring: &mut Uring, done: &mut Completions) {
+        let fd = self.shared.fd(self.index).as_raw_fd();
+        for _ in 0..MAX_BATCH {
+            let Some(index) = self.waiting.pop_front() else { return };
+            let Some(slot) = self.receives.get(index) else { return };
+            slot.header = VirtioNetHeader::default();
+            let pieces = &slot.pieces;
+            // SAFETY: who offered the buffer vouches for it; header, spill and pieces are the
+            // slot's, which stays where it is during the call.
+            let read = unsafe { libc::readv(fd, pieces.as_ptr().cast(), pieces.len() as i32) };
+            match usize::try_from(read) {
+                Ok(read) if self.received(index, read, done) => {}
+                Ok(_) => {
+                    self.counters.receive_drops += 1;
+                    self.waiting.push_front(index);
+                }
+                Err(_) => {
+                    self.waiting.push_front(index);
+                    match io::Error::last_os_error().raw_os_error() {
+                        Some(libc::EINTR | libc::ENOMEM) => {}
+                        Some(libc::EAGAIN) | None => self.poll(uring),
+                        Some(errno) => self.lost(errno, done),
+                    }
+                    return;
+                }
+            }
         }
     }
 
@@ -329,7 +371,7 @@ impl Queue for TapQueue {
             self.up = false;
             done.push(Completion::Link(false));
         }
-        self.read_batch(uring);
+        self.read_batch(uring, done);
     }
 
     fn complete(&mut self, cqe: &Cqe, uring: &mut Uring, done: &mut Completions) {
@@ -354,11 +396,11 @@ impl Queue for TapQueue {
             }
             READ => {
                 self.read_done(slot, cqe.result, uring, done);
-                self.read_batch(uring);
+                self.read_batch(uring, done);
             }
             POLL => {
                 self.polling = false;
-                self.read_batch(uring);
+                self.read_batch(uring, done);
             }
             _ => {}
         }
@@ -388,6 +430,15 @@ impl Queue for TapQueue {
     fn counters(&self) -> Counters {
         self.counters
     }
+}
+
+/// Whether the kernel takes `RWF_NOWAIT` of this tap. A frame that is there already is lost.
+fn can_skip_waiting(fd: BorrowedFd<'_>) -> bool {
+    let mut nothing = [0];
+    let mut buffers = [IoSliceMut::new(&mut nothing)];
+    // An offset of -1: as files without one have it.
+    let read = preadv2(fd, &mut buffers, u64::MAX, ReadWriteFlags::NOWAIT);
+    !matches!(read, Err(Errno::OPNOTSUPP))
 }
 
 impl Drop for TapQueue {
