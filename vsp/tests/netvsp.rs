@@ -62,7 +62,7 @@ impl Guest {
     /// Opens a NIC's channel, shakes hands as Linux does, and brings the interface up.
     fn new() -> Self {
         let mut guest = Self::unshaken();
-        guest.shake_hands(Version::V6_1);
+        guest.shake_hands(Version::V6_1, Capabilities::IEEE_8021Q | Capabilities::RSC);
         guest.initialize();
         guest.set(Oid::CurrentPacketFilter, &0xDu32.to_le_bytes());
         guest
@@ -118,11 +118,11 @@ impl Guest {
         self.end.send(PacketKind::InBand, PacketFlags::NONE, u64::MAX - 2, message.as_bytes());
     }
 
-    fn shake_hands(&mut self, version: Version) {
+    fn shake_hands(&mut self, version: Version, capabilities: u64) {
         let init = Init { min: version, max: version };
         let answer: InitComplete = self.ask(MessageKind::Init, &init);
         assert_eq!(answer.status, Status::Success);
-        let capabilities = Capabilities(Capabilities::IEEE_8021Q);
+        let capabilities = Capabilities(capabilities);
         let config = NdisConfig { max_frame: 1514, reserved: 0, capabilities };
         self.tell(MessageKind::SendNdisConfig, &config);
         let share = ShareBuffer { gpadl: GpadlId(1), id: 0xCAFE, reserved: 0 };
@@ -234,6 +234,7 @@ impl Guest {
         assert_eq!(named.kind, MessageKind::SendRndisPacket);
         let kind = named.body::<RndisPacket>().unwrap().channel;
         let ranges: Vec<_> = pages.ranges().collect();
+        let mut parts: Option<Received> = None;
         for range in ranges {
             assert_eq!(range.offset % self.slot_size, 0);
             assert!(range.len <= self.slot_size);
@@ -241,9 +242,26 @@ impl Guest {
             if kind == ChannelType::Control {
                 self.control.push_back(bytes);
             } else {
-                self.frames.push_back(received(&bytes));
+                let mut part = received(&bytes);
+                let id = part.infos.iter().position(|(kind, _)| *kind == PacketInfoKind::PacketId);
+                let flags = id.map_or(7, |index| part.infos.remove(index).1 >> 8 & 7);
+                match &mut parts {
+                    None => {
+                        assert_eq!(flags & 3, 3);
+                        parts = Some(part);
+                    }
+                    Some(parts) => {
+                        assert_eq!((flags & 3, part.infos.len()), (1, 0));
+                        parts.frame.extend(part.frame);
+                    }
+                }
+                if flags & 4 != 0 {
+                    self.frames.extend(parts.take());
+                }
             }
         }
+        // A frame is never divided between packets.
+        assert_eq!(parts, None);
         if self.hold {
             self.held.push(id);
         } else {
@@ -406,6 +424,60 @@ fn tags_and_checksums_go_beside_the_frame() {
     assert_eq!(guest.frame(), Received { frame: sent, infos: vec![tag] });
 }
 
+/// A TCP segment over IPv4, as Linux prepares it to be cut.
+fn large(payload: usize) -> Vec<u8> {
+    let mut bytes = frame(ME, 14 + 20 + 20 + payload, 0x33);
+    bytes[12..14].copy_from_slice(&[8, 0]);
+    bytes[14..34]
+        .copy_from_slice(&[0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    bytes[34 + 12..34 + 14].copy_from_slice(&[0x50, 0x10]);
+    bytes
+}
+
+#[test]
+fn coalesced_frames_come_in_several_slots() {
+    let mut guest = Guest::new();
+    let lso = (PacketInfoKind::LargeSend, 1460 | 34 << 20 | 1 << 30);
+    let sent = large(40_000);
+    let packet = data(&[lso], &sent);
+    let pieces: Vec<&[u8]> = packet.chunks(3000).collect();
+    // Nobody may send us such a frame: the cable drops it.
+    let id = guest.send(None, &pieces);
+    guest.succeeds(id);
+    guest.works();
+
+    let mut parameters = [0; 28];
+    parameters[..4].copy_from_slice(&[0x80, 3, 28, 0]);
+    parameters[22..24].fill(2);
+    guest.set(Oid::OffloadParameters, &parameters);
+    guest.works();
+    for _ in 0..40 {
+        let id = guest.send(None, &pieces);
+        let got = guest.frame();
+        guest.succeeds(id);
+        assert_eq!(got.frame.len(), sent.len());
+        assert!(got.frame[54..] == sent[54..]);
+        // TCP's checksum is right.
+        assert_eq!(got.infos, [(PacketInfoKind::Checksum, 1 << 3)]);
+        guest.works();
+    }
+    parameters[22..24].fill(1);
+    guest.set(Oid::OffloadParameters, &parameters);
+    guest.works();
+    assert_eq!(guest.counters[0].received.get(), 83);
+}
+
+#[test]
+fn guests_that_take_no_coalesced_frames_are_offered_none() {
+    for (capabilities, offered) in [(Capabilities::RSC, [1, 1]), (0, [0, 0])] {
+        let mut guest = Guest::unshaken();
+        guest.shake_hands(Version::V6_1, capabilities);
+        guest.initialize();
+        let value = guest.query(Oid::OffloadHardwareCapabilities);
+        assert_eq!((value.len(), &value[144..146]), (156, offered.as_slice()));
+    }
+}
+
 #[test]
 fn settings_are_asked_and_set() {
     let mut guest = Guest::new();
@@ -507,7 +579,7 @@ fn sub_channels_are_offered_as_granted() {
 fn old_guests_get_short_messages() {
     for version in Version::ALL {
         let mut guest = Guest::unshaken();
-        guest.shake_hands(version);
+        guest.shake_hands(version, 0);
         let id = guest.id();
         let ask = SubchannelRequest { operation: 9, count: 7 };
         let message = Outgoing::new(MessageKind::SubChannel, &ask);

@@ -26,6 +26,10 @@ const ALIGNMENT: u32 = 3;
 /// The largest packet that may be left to be cut, in bytes; Hyper-V's number.
 const LARGE_SEND_MAX: u32 = 62780;
 
+/// What a network has to leave to us for frames to be coalesced.
+pub(super) const COALESCING: Offloads =
+    Offloads::from_bits(Offloads::CHECKSUM.bits() | Offloads::TSO4.bits() | Offloads::TSO6.bits());
+
 /// The objects that can be queried or set.
 const SUPPORTED: [Oid; 36] = [
     Oid::SupportedList,
@@ -154,6 +158,16 @@ impl Control {
         let status = if up { Status::MediaConnect } else { Status::MediaDisconnect };
         (changed && self.initialized)
             .then(|| message(MessageKind::Indicate, &Indicate { status, len: 0, offset: 0 }, &[]))
+    }
+
+    /// The guest takes no frames in several slots.
+    pub(super) fn forbid_coalescing(&mut self) {
+        self.identity.gives = Offloads::NONE;
+    }
+
+    /// Whether the network would coalesce.
+    fn can_coalesce(&self) -> bool {
+        self.identity.gives.contains(COALESCING)
     }
 
     /// Takes a message. Returns the answer; a HALT has none, and what is no request neither.
@@ -304,7 +318,7 @@ impl Control {
 
     /// What may be left to the NIC, in the latest revision that fits `room` bytes.
     fn offload(&self, room: usize) -> Vec<u8> {
-        let Identity { takes, gives, .. } = self.identity;
+        let takes = self.identity.takes;
         let mut offload = Offload::new_zeroed();
         let (revision, size) = match room {
             0 | Offload::SIZE_3.. => (3, Offload::SIZE_3),
@@ -341,7 +355,7 @@ impl Control {
             large.ipv6_options = ChecksumOffload::IP_OPTIONS | ChecksumOffload::TCP_OPTIONS;
         }
         offload.large_send_v2 = large;
-        let coalescing = gives.contains(Offloads::CHECKSUM | Offloads::TSO4 | Offloads::TSO6);
+        let coalescing = self.can_coalesce();
         offload.coalescing_ipv4 = coalescing.into();
         offload.coalescing_ipv6 = coalescing.into();
         offload.as_bytes().get(..size).unwrap_or_default().to_vec()
@@ -373,7 +387,7 @@ impl Control {
         OffloadParameters::read_from_prefix(value).map_err(|_| Status::InvalidLength)?;
         let coalescing = value.get(OffloadParameters::COALESCING_OFFSET..).unwrap_or_default();
         match coalescing {
-            [2, 2, ..] => self.settings.coalescing = true,
+            [2, 2, ..] if self.can_coalesce() => self.settings.coalescing = true,
             [0, 0, ..] | [] | [_] => {}
             _ => self.settings.coalescing = false,
         }
@@ -565,6 +579,10 @@ mod tests {
         set(&mut control, Oid::OffloadParameters, &offload);
         assert!(control.settings().coalescing);
         offload[22..24].fill(1);
+        set(&mut control, Oid::OffloadParameters, &offload);
+        assert!(!control.settings().coalescing);
+        offload[22..24].fill(2);
+        control.forbid_coalescing();
         set(&mut control, Oid::OffloadParameters, &offload);
         assert!(!control.settings().coalescing);
         // Before version 5.

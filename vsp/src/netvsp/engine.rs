@@ -15,13 +15,15 @@ use std::io;
 use std::sync::Arc;
 
 use backends::net::{
-    Buffer, Completion, Completions, Frame, Network, Offloads, Queue, QueueConfig,
+    Buffer, Completion, Completions, Frame, MAX_BUFFERS, MAX_FRAME, Network, Offload, Offloads,
+    Queue, QueueConfig,
 };
 use backends::uring::{Cqe, Tag, Uring};
 use hypervisor::GuestMemory;
-use tracing::debug;
+use tracing::{debug, warn};
 use vmbus::nvsp::{
-    ChannelType, Message, MessageKind, Outgoing, RndisPacket, RndisPacketComplete, Status,
+    Capabilities, ChannelType, Message, MessageKind, Outgoing, RndisPacket, RndisPacketComplete,
+    Status,
 };
 use vmbus::packet::{
     GpaRanges, Packet, PacketFlags, PacketKind, Segment, TransferRange, ring_size,
@@ -30,10 +32,10 @@ use vmbus::packet::{
 use vmbus::protocol::GpadlId;
 use vmbus_server::Channel;
 
-use super::control::{Control, MAX_MESSAGE};
+use super::control::{COALESCING, Control, MAX_MESSAGE};
 use super::handshake::{Handshake, SLOT_HEADER, Step};
 use super::pages::{Reader, Shared};
-use super::receive::{self, PEEK};
+use super::receive::{self, PEEK, Part};
 use super::session::{NicCounters, Receive, Send, Session, statistics};
 use super::slots::{Slot, Slots};
 use super::transmit::{Front, Limits, next_frame};
@@ -41,17 +43,20 @@ use super::worker::Fault;
 
 /// Frames that can be under way to the network.
 const SENDS: u16 = 256;
-/// Slots that lie with the network.
+/// Frames for which slots lie with the network.
 const RECEIVES: u16 = 256;
+/// The most slots for one frame: a coalesced one of the greatest length, with the smallest slots.
+const MAX_PARTS: usize = MAX_FRAME.div_ceil(2048 - SLOT_HEADER as usize);
 /// The most frames in one packet of the guest, as it is told when it begins.
 pub(super) const MAX_FRAMES: usize = 8;
 /// Slots that are kept for answers to control messages.
 const CONTROL_SLOTS: usize = 4;
 /// Answers to control messages that wait for a slot.
 const MAX_ANSWERS: usize = 16;
-/// Frames in one packet to the guest. More save little, and the guest gives none of the slots back
+/// Slots in one packet to the guest. More save little, and the guest gives none of the slots back
 /// before it has seen the last.
-const MAX_RANGES: usize = 32;
+const MAX_RANGES: usize = 64;
+const _: () = assert!(MAX_RANGES >= MAX_PARTS);
 /// Bytes of the outgoing ring that one answer takes.
 pub(super) const ANSWER: u32 = ring_size(vmbus::nvsp::MESSAGE_SIZE) as u32;
 /// Bytes of the outgoing ring that the longest delivery takes.
@@ -85,6 +90,16 @@ struct Outgone {
     len: u32,
 }
 
+/// A slot with a frame in it, or a part of one.
+#[derive(Clone, Copy, Debug)]
+struct Filled {
+    slot: Slot,
+    /// How much of the slot is to be told of.
+    len: u32,
+    /// Whether the frame ends in it.
+    last: bool,
+}
+
 /// One channel's frames. Fields are dropped in order: the queue before what its buffers point to.
 pub(super) struct Engine {
     queue: Option<Box<dyn Queue>>,
@@ -100,15 +115,19 @@ pub(super) struct Engine {
     /// No more slots are offered.
     closing: bool,
     slots: Slots,
-    offered: u16,
+    /// Slots that lie with the network, a frame's together.
+    offers: Box<[Vec<Slot>]>,
+    free_offers: Vec<u16>,
+    /// Whether offers take coalesced frames.
+    coalescing: bool,
     frames: Box<[Outgone]>,
     free_frames: Vec<u16>,
     packets: Box<[Sending]>,
     free_packets: Vec<u16>,
     done: Completions,
     answers: Vec<(u64, Outgoing)>,
-    /// Frames in their slots, and how much of the slot is to be told of.
-    received: VecDeque<(Slot, u32)>,
+    /// Frames in their slots.
+    received: VecDeque<Filled>,
     buffers: Vec<Buffer>,
     segments: Vec<Segment>,
 }
@@ -137,14 +156,16 @@ impl Engine {
             primary,
             closing: false,
             slots: Slots::new(0, 0),
-            offered: 0,
+            offers: (0..RECEIVES).map(|_| Vec::with_capacity(MAX_PARTS)).collect(),
+            free_offers: (0..RECEIVES).rev().collect(),
+            coalescing: false,
             frames: vec![Outgone { packet: 0, len: 0 }; depth].into(),
             free_frames: (0..SENDS).rev().collect(),
             packets: vec![idle; depth].into(),
             free_packets: (0..SENDS).rev().collect(),
             done: Completions::with_capacity(depth + usize::from(RECEIVES) + 1),
             answers: Vec::with_capacity(depth),
-            received: VecDeque::with_capacity(RECEIVES.into()),
+            received: VecDeque::with_capacity(usize::from(RECEIVES) * 2),
             buffers: Vec::with_capacity(1024),
             segments: Vec::with_capacity(1024),
         }
@@ -282,6 +303,9 @@ impl Engine {
                     capabilities: primary.handshake.capabilities(),
                     max_frame: primary.handshake.max_frame(),
                 };
+                if !receive.capabilities.has(Capabilities::RSC) {
+                    primary.control.forbid_coalescing();
+                }
                 // The handshake shares it once.
                 let _ = self.session.receive.set(receive);
                 self.open_queue(uring)?;
@@ -406,7 +430,12 @@ impl Engine {
         let settings = primary.control.settings();
         self.session.set(settings);
         if settings.coalescing != coalescing {
-            debug!(coalescing = settings.coalescing, "netvsp: receive coalescing");
+            // The network may then leave checksums to us as well, which a guest that passes frames
+            // on could not make good; but such a guest does not take coalesced ones.
+            let gives = if settings.coalescing { COALESCING } else { Offloads::NONE };
+            if let Err(error) = self.network.set_receive_offloads(gives) {
+                warn!("netvsp: the network cannot coalesce: {error}");
+            }
         }
         self.answer(id, completed(Status::Success));
         if let Some(reply) = reply {
@@ -429,24 +458,39 @@ impl Engine {
         let (Some(queue), Some(receive)) = (&mut self.queue, self.session.receive.get()) else {
             return;
         };
+        if self.coalescing != self.session.is_coalescing() {
+            // What lies with the network is of the wrong size.
+            self.coalescing = !self.coalescing;
+            queue.recall(uring, &mut self.done);
+        }
+        let size = receive.layout.slot_size;
+        let room = size - SLOT_HEADER;
+        // A frame lies in no more pieces than the network takes.
+        let parts = if self.coalescing {
+            (MAX_FRAME as u32).div_ceil(room).min(MAX_PARTS as u32) as usize
+        } else {
+            1
+        };
         let kept = if self.primary.is_some() { CONTROL_SLOTS } else { 0 };
-        while self.offered < RECEIVES
-            && self.slots.free() > kept
-            && !self.closing
+        while !self.closing
             && !self.session.is_revoked()
-            && let Some(slot) = self.slots.take()
+            && self.slots.free() >= parts + kept
+            && let Some(index) = self.free_offers.last().copied()
+            && let Some(offer) = self.offers.get_mut(usize::from(index))
         {
-            let size = receive.layout.slot_size;
-            let (offset, len) = (u32::from(slot) * size + SLOT_HEADER, size - SLOT_HEADER);
+            offer.clear();
+            offer.extend((0..parts).map_while(|_| self.slots.take()));
             self.buffers.clear();
-            if !receive.memory.buffers(offset, len, &mut self.buffers) {
-                // Not memory: that was looked at when the buffer was shared.
-                break;
+            for slot in &*offer {
+                let offset = u32::from(*slot) * size + SLOT_HEADER;
+                // That this is memory was looked at when the buffer was shared.
+                receive.memory.buffers(offset, room, &mut self.buffers);
             }
-            self.offered += 1;
+            self.buffers.truncate(MAX_BUFFERS);
+            self.free_offers.pop();
             // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped until
             // after queue and ring are gone.
-            unsafe { queue.offer(slot.into(), &self.buffers, uring, &mut self.done) };
+            unsafe { queue.offer(index.into(), &self.buffers, uring, &mut self.done) };
         }
         queue.turn(uring, &mut self.done);
     }
@@ -465,17 +509,9 @@ impl Engine {
             count += 1;
             match completion {
                 Completion::Sent { id, result } => self.sent(id, result.is_ok()),
-                Completion::Received { id, len, offload } => {
-                    self.offered -= 1;
-                    if let Ok(slot) = Slot::try_from(id) {
-                        self.receive(slot, len, &offload);
-                    }
-                }
+                Completion::Received { id, len, offload } => self.receive(id, len, &offload),
                 Completion::Returned { id } => {
-                    self.offered -= 1;
-                    if let Ok(slot) = Slot::try_from(id) {
-                        self.slots.give_back(slot);
-                    }
+                    self.take_back(id, 0);
                 }
                 Completion::Link(up) => {
                     let indication =
@@ -513,28 +549,59 @@ impl Engine {
         }
     }
 
-    /// Prepares a frame that has come for the guest.
-    fn receive(&mut self, slot: Slot, len: u32, offload: &backends::net::Offload) {
-        let inbound = self.session.receive.get().and_then(|receive| {
-            let Receive { memory, layout, capabilities, .. } = receive;
-            let offset = u32::from(slot) * layout.slot_size;
-            let mut peek = [0; PEEK];
-            if self.session.is_revoked() || !memory.read(offset + SLOT_HEADER, &mut peek) {
-                return None;
-            }
-            let wishes = self.session.wishes(*capabilities);
-            let inbound = receive::prepare(&peek, len, offload, &wishes)?;
-            memory.write(offset, inbound.front()).then_some(inbound)
-        });
-        let Some(inbound) = inbound else {
+    /// An offer has ended, its first `used` slots with a frame in them: gives the others back.
+    fn take_back(&mut self, id: u32, used: usize) {
+        let Ok(index) = u16::try_from(id) else { return };
+        let Some(offer) = self.offers.get_mut(usize::from(index)) else { return };
+        for slot in offer.drain(used.min(offer.len())..) {
             self.slots.give_back(slot);
+        }
+        self.free_offers.push(index);
+    }
+
+    /// Prepares a frame that has come for the guest.
+    fn receive(&mut self, id: u32, len: u32, offload: &Offload) {
+        let used = self.prepare(id, len, offload);
+        self.take_back(id, used.unwrap_or(0));
+        let Some(_) = used else {
             return self.count(|counters| counters.unwanted.add(1));
         };
-        self.received.push_back((slot, inbound.len));
         self.count(|counters| {
             counters.received.add(1);
             counters.received_bytes.add(len.into());
         });
+    }
+
+    /// Writes the headers of a frame's slots. Returns how many slots it has; `None` if the guest
+    /// does not want it.
+    fn prepare(&mut self, id: u32, len: u32, offload: &Offload) -> Option<usize> {
+        let Receive { memory, layout, capabilities, .. } = self.session.receive.get()?;
+        let offer = self.offers.get(usize::try_from(id).ok()?)?;
+        let room = layout.slot_size - SLOT_HEADER;
+        let parts = len.div_ceil(room) as usize;
+        let slots = offer.get(..parts)?;
+        let (first, later) = slots.split_first()?;
+        let offset = u32::from(*first) * layout.slot_size;
+        let mut peek = [0; PEEK];
+        if self.session.is_revoked() || !memory.read(offset + SLOT_HEADER, &mut peek) {
+            return None;
+        }
+        let wishes = self.session.wishes(*capabilities);
+        let part = if later.is_empty() { Part::Whole } else { Part::First };
+        let inbound = receive::prepare(&peek, len.min(room), part, offload, &wishes)?;
+        memory.write(offset, inbound.front());
+        let last = later.is_empty();
+        self.received.push_back(Filled { slot: *first, len: inbound.len, last });
+        let mut left = len.saturating_sub(room);
+        for slot in later {
+            let last = left <= room;
+            // Neither can fail: what is left is as long as there are slots for it.
+            let Some(inbound) = receive::prepare_later(left.min(room), last) else { continue };
+            memory.write(u32::from(*slot) * layout.slot_size, inbound.front());
+            self.received.push_back(Filled { slot: *slot, len: inbound.len, last });
+            left = left.saturating_sub(room);
+        }
+        Some(parts)
     }
 
     /// Puts answers and deliveries into the outgoing ring, as far as there is room. Returns how
@@ -558,8 +625,8 @@ impl Engine {
         }
         let Some(receive) = self.session.receive.get() else { return Ok(pushed) };
         if self.session.is_revoked() {
-            for (slot, _) in self.received.drain(..) {
-                self.slots.give_back(slot);
+            for filled in self.received.drain(..) {
+                self.slots.give_back(filled.slot);
             }
             return Ok(pushed);
         }
@@ -583,11 +650,16 @@ impl Engine {
                 ranges[0] = TransferRange { len: message.len() as u32, offset };
                 (self.slots.hand_over([slot]), 1, ChannelType::Control)
             } else {
-                let count = self.received.len().min(MAX_RANGES);
-                for (range, (slot, len)) in ranges.iter_mut().zip(&self.received) {
-                    *range = TransferRange { len: *len, offset: u32::from(*slot) * size };
+                // As many frames as there is room for, and none in part.
+                let mut count = 0;
+                for (index, (range, filled)) in ranges.iter_mut().zip(&self.received).enumerate() {
+                    *range =
+                        TransferRange { len: filled.len, offset: u32::from(filled.slot) * size };
+                    if filled.last {
+                        count = index + 1;
+                    }
                 }
-                let batch = self.received.drain(..count).map(|(slot, _)| slot);
+                let batch = self.received.drain(..count).map(|filled| filled.slot);
                 (self.slots.hand_over(batch), count, ChannelType::Data)
             };
             let Some(id) = id else { break };

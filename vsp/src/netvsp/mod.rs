@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 
-use backends::net::{MacAddr, Network};
+use backends::net::{MacAddr, Network, Offloads};
 use tracing::{debug, warn};
 use vmbus::{Guid, nvsp};
 use vmbus_server::{Channel, Device, OfferParams};
@@ -92,7 +92,7 @@ impl Nic {
             name: config.name,
             channels,
             takes: link.takes,
-            gives: backends::net::Offloads::NONE,
+            gives: link.gives,
         };
         Self {
             number: config.number,
@@ -111,6 +111,9 @@ impl Nic {
     /// What the first channel does besides. With it the guest begins anew.
     fn begin(&mut self) -> Primary {
         self.session = Arc::default();
+        if let Err(error) = self.network.set_receive_offloads(Offloads::NONE) {
+            warn!("netvsp{}: the network keeps coalescing: {error}", self.number);
+        }
         let grants =
             Grants { subchannels: self.identity.channels - 1, max_mtu: self.identity.max_mtu };
         Primary {

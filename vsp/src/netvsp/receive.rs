@@ -2,14 +2,15 @@
 //!
 //! The network has put the frame behind room for the header. Its front is read once, to see whether
 //! the guest wants it and what has to be said of it; a VLAN tag is said beside the frame if the
-//! guest takes it there, and cut out of it.
+//! guest takes it there, and cut out of it. A frame that was put together from segments lies in
+//! several slots, each with a header of its own.
 
 use backends::net::offload::Checksum;
 use backends::net::{ETHERNET_HEADER, MacAddr, Offload};
 use vmbus::nvsp::Capabilities;
 use vmbus::rndis::{
-    HEADER_SIZE, Header, MessageKind, PacketBody, PacketFilter, PacketInfo, PacketInfoKind,
-    ReceiveChecksum, VlanTag,
+    HEADER_SIZE, Header, MessageKind, PacketBody, PacketFilter, PacketId, PacketInfo,
+    PacketInfoKind, ReceiveChecksum, VlanTag,
 };
 use zerocopy::IntoBytes;
 
@@ -25,6 +26,9 @@ const ADDRESSES: usize = 12;
 /// Bytes of one piece of per-packet information.
 const INFO: usize = size_of::<PacketInfo>() + 4;
 
+/// Names a frame in several parts. All of them are in one packet, so one name does for all.
+const PART_ID: u16 = 1;
+
 /// What a guest wants of the frames it receives.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wishes {
@@ -38,22 +42,90 @@ pub(super) struct Wishes {
 pub(super) struct Inbound {
     bytes: [u8; SLOT_HEADER as usize + TAG + ADDRESSES],
     written: usize,
+    /// Bytes of per-packet information.
+    infos: usize,
+    /// Where the frame begins.
+    data: u32,
     /// Bytes of the slot that the packet names.
     pub len: u32,
 }
 
 impl Inbound {
+    fn new(len: u32) -> Option<Self> {
+        Some(Self {
+            bytes: [0; _],
+            written: SLOT_HEADER as usize,
+            infos: 0,
+            data: SLOT_HEADER,
+            len: SLOT_HEADER.checked_add(len)?,
+        })
+    }
+
+    fn put(&mut self, kind: PacketInfoKind, value: u32) {
+        let piece =
+            PacketInfo { size: INFO as u32, kind, value_offset: size_of::<PacketInfo>() as u32 };
+        let at = HEADER_SIZE + size_of::<PacketBody>() + self.infos;
+        if let Some(to) = self.bytes.get_mut(at..at + INFO)
+            && let Some((front, back)) = to.split_at_mut_checked(size_of::<PacketInfo>())
+        {
+            front.copy_from_slice(piece.as_bytes());
+            back.copy_from_slice(&value.to_le_bytes());
+            self.infos += INFO;
+        }
+    }
+
+    /// Writes the fixed part.
+    fn finish(mut self) -> Option<Self> {
+        let header = Header { kind: MessageKind::Packet, len: self.len };
+        let body = PacketBody {
+            data_offset: self.data - HEADER_SIZE as u32,
+            data_len: self.len.checked_sub(self.data)?,
+            info_offset: if self.infos > 0 { size_of::<PacketBody>() as u32 } else { 0 },
+            info_len: self.infos as u32,
+            ..PacketBody::default()
+        };
+        let (front, rest) = self.bytes.split_at_mut_checked(HEADER_SIZE)?;
+        front.copy_from_slice(header.as_bytes());
+        rest.get_mut(..size_of::<PacketBody>())?.copy_from_slice(body.as_bytes());
+        Some(self)
+    }
+
     /// What goes to the start of the slot.
     pub(super) fn front(&self) -> &[u8] {
         self.bytes.get(..self.written).unwrap_or_default()
     }
 }
 
-/// Prepares the frame of `len` bytes that lies [`SLOT_HEADER`] bytes into its slot and begins with
-/// `peek`. `None`: the guest does not want it.
+/// Which part of a frame a slot has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// All of it.
+    Whole,
+    /// The first of several.
+    First,
+    /// One after the first; the last is said to be.
+    Later { last: bool },
+}
+
+impl Part {
+    /// What the guest is told of it; `id` is the same for all parts.
+    fn info(self, id: u16) -> Option<u32> {
+        let flags = match self {
+            Self::Whole => return None,
+            Self::First => PacketId::PART | PacketId::FIRST,
+            Self::Later { last: false } => PacketId::PART,
+            Self::Later { last: true } => PacketId::PART | PacketId::LAST,
+        };
+        Some(zerocopy::transmute!(PacketId { version: 1, flags, id }))
+    }
+}
+
+/// Prepares the frame, or its first part, of `len` bytes that lies [`SLOT_HEADER`] bytes into its
+/// slot and begins with `peek`. `None`: the guest does not want it.
 pub(super) fn prepare(
     peek: &[u8; PEEK],
     len: u32,
+    part: Part,
     offload: &Offload,
     wishes: &Wishes,
 ) -> Option<Inbound> {
@@ -70,48 +142,29 @@ pub(super) fn prepare(
     let behind_tag = peek.get(if tag.is_some() { TAG } else { 0 }..)?;
     let tag = tag.filter(|_| wishes.capabilities.has(Capabilities::IEEE_8021Q));
 
-    let mut bytes = [0; SLOT_HEADER as usize + TAG + ADDRESSES];
-    let mut infos = 0;
-    let mut put = |kind, value: u32| {
-        let piece =
-            PacketInfo { size: INFO as u32, kind, value_offset: size_of::<PacketInfo>() as u32 };
-        let at = HEADER_SIZE + size_of::<PacketBody>() + infos;
-        if let Some(to) = bytes.get_mut(at..at + INFO)
-            && let Some((front, back)) = to.split_at_mut_checked(size_of::<PacketInfo>())
-        {
-            front.copy_from_slice(piece.as_bytes());
-            back.copy_from_slice(&value.to_le_bytes());
-            infos += INFO;
-        }
-    };
+    let mut inbound = Inbound::new(len)?;
     if let Some(checksum) = checksum(offload.checksum, behind_tag) {
-        put(PacketInfoKind::Checksum, checksum.0);
+        inbound.put(PacketInfoKind::Checksum, checksum.0);
     }
-    let mut written = SLOT_HEADER as usize;
-    let mut data = SLOT_HEADER;
-    let mut data_len = len;
+    if let Some(info) = part.info(PART_ID) {
+        inbound.put(PacketInfoKind::PacketId, info);
+    }
     if let Some(tci) = tag {
-        put(PacketInfoKind::Vlan, VlanTag::from_tci(tci).0);
+        inbound.put(PacketInfoKind::Vlan, VlanTag::from_tci(tci).0);
         // The addresses move to where the tag ends.
-        data += TAG as u32;
-        data_len -= TAG as u32;
-        written += TAG + ADDRESSES;
-        let from = peek.get(..ADDRESSES)?;
-        bytes.get_mut(SLOT_HEADER as usize + TAG..written)?.copy_from_slice(from);
+        inbound.data += TAG as u32;
+        inbound.written += TAG + ADDRESSES;
+        let (start, end) = (inbound.data as usize, inbound.written);
+        inbound.bytes.get_mut(start..end)?.copy_from_slice(peek.get(..ADDRESSES)?);
     }
-    let total = SLOT_HEADER.checked_add(len)?;
-    let header = Header { kind: MessageKind::Packet, len: total };
-    let body = PacketBody {
-        data_offset: data - HEADER_SIZE as u32,
-        data_len,
-        info_offset: if infos > 0 { size_of::<PacketBody>() as u32 } else { 0 },
-        info_len: infos as u32,
-        ..PacketBody::default()
-    };
-    let (front, rest) = bytes.split_at_mut_checked(HEADER_SIZE)?;
-    front.copy_from_slice(header.as_bytes());
-    rest.get_mut(..size_of::<PacketBody>())?.copy_from_slice(body.as_bytes());
-    Some(Inbound { bytes, written, len: total })
+    inbound.finish()
+}
+
+/// Prepares a part of a frame after the first.
+pub(super) fn prepare_later(len: u32, last: bool) -> Option<Inbound> {
+    let mut inbound = Inbound::new(len)?;
+    inbound.put(PacketInfoKind::PacketId, Part::Later { last }.info(PART_ID)?);
+    inbound.finish()
 }
 
 /// What is known of a frame's checksums. `frame` is its front, without a tag.
@@ -176,7 +229,8 @@ mod tests {
 
     #[test]
     fn a_plain_frame() {
-        let inbound = prepare(&peek(ME, &[8, 6]), 60, &Offload::NONE, &wishes(0)).unwrap();
+        let inbound =
+            prepare(&peek(ME, &[8, 6]), 60, Part::Whole, &Offload::NONE, &wishes(0)).unwrap();
         assert_eq!((inbound.len, inbound.front().len()), (156, 96));
         assert_eq!(read(&inbound), (96, 60, vec![]));
     }
@@ -184,31 +238,51 @@ mod tests {
     #[test]
     fn frames_that_nobody_wants() {
         for destination in [[2, 0, 0, 0, 0, 8], [1, 0, 0x5E, 0, 0, 1]] {
-            let unwanted = prepare(&peek(destination, &[]), 60, &Offload::NONE, &wishes(0));
+            let unwanted =
+                prepare(&peek(destination, &[]), 60, Part::Whole, &Offload::NONE, &wishes(0));
             assert!(unwanted.is_none());
         }
-        assert!(prepare(&peek([0xFF; 6], &[]), 60, &Offload::NONE, &wishes(0)).is_some());
-        assert!(prepare(&peek(ME, &[]), 13, &Offload::NONE, &wishes(0)).is_none());
+        assert!(
+            prepare(&peek([0xFF; 6], &[]), 60, Part::Whole, &Offload::NONE, &wishes(0)).is_some()
+        );
+        assert!(prepare(&peek(ME, &[]), 13, Part::Whole, &Offload::NONE, &wishes(0)).is_none());
     }
 
     #[test]
     fn tags_are_cut_out_for_those_who_take_them_beside() {
         let peek = peek(ME, &[0x81, 0, 0xA1, 0x23, 8, 0]);
-        let beside = prepare(&peek, 64, &Offload::NONE, &wishes(Capabilities::IEEE_8021Q)).unwrap();
+        let beside =
+            prepare(&peek, 64, Part::Whole, &Offload::NONE, &wishes(Capabilities::IEEE_8021Q))
+                .unwrap();
         let tag = (PacketInfoKind::Vlan, 0x123 << 4 | 5);
         assert_eq!(read(&beside), (100, 60, vec![tag]));
         assert_eq!(beside.front()[100..112], peek[..12]);
-        let inside = prepare(&peek, 64, &Offload::NONE, &wishes(0)).unwrap();
+        let inside = prepare(&peek, 64, Part::Whole, &Offload::NONE, &wishes(0)).unwrap();
         assert_eq!(read(&inside), (96, 64, vec![]));
         assert_eq!(inside.front().len(), 96);
+    }
+
+    #[test]
+    fn parts_are_told_of() {
+        let first = prepare(&peek(ME, &[8, 6]), 900, Part::First, &Offload::NONE, &wishes(0));
+        let parts =
+            [first.unwrap(), prepare_later(900, false).unwrap(), prepare_later(1, true).unwrap()];
+        let told = parts.map(|part| read(&part));
+        let id = |flags: u32| vec![(PacketInfoKind::PacketId, 1 | flags << 8 | 1 << 16)];
+        assert_eq!(told, [(96, 900, id(3)), (96, 900, id(1)), (96, 1, id(5))]);
     }
 
     #[test]
     fn checksums_that_were_found_right() {
         let valid = |checksum, rest: &[u8]| {
             let offload = Offload { checksum, segments: None };
-            let inbound =
-                prepare(&peek(ME, rest), 100, &offload, &wishes(Capabilities::IEEE_8021Q));
+            let inbound = prepare(
+                &peek(ME, rest),
+                100,
+                Part::Whole,
+                &offload,
+                &wishes(Capabilities::IEEE_8021Q),
+            );
             read(&inbound.unwrap()).2
         };
         let mut v4 = [8, 0, 0x45, 0, 0, 0, 0, 0, 0, 0, 64, 6];
@@ -240,7 +314,7 @@ mod tests {
             let mut wishes = wishes(capabilities);
             wishes.filter = PacketFilter(PacketFilter::PROMISCUOUS);
             let checksum = Checksum::Partial { start, offset };
-            if let Some(inbound) = prepare(&peek, len, &Offload { checksum, segments: None }, &wishes) {
+            if let Some(inbound) = prepare(&peek, len, Part::First, &Offload { checksum, segments: None }, &wishes) {
                 let (at, data_len, _) = read(&inbound);
                 prop_assert!(at >= SLOT_HEADER && at + data_len == SLOT_HEADER + len);
                 prop_assert!(inbound.front().len() <= SLOT_HEADER as usize + TAG + ADDRESSES);

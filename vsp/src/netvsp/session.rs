@@ -42,6 +42,7 @@ pub(super) struct Session {
     revoked: AtomicBool,
     filter: AtomicU32,
     address: AtomicU64,
+    coalescing: AtomicBool,
 }
 
 impl Session {
@@ -60,6 +61,12 @@ impl Session {
         let address = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
         self.address.store(address, Ordering::Relaxed);
         self.filter.store(settings.filter.0, Ordering::Relaxed);
+        self.coalescing.store(settings.coalescing, Ordering::Relaxed);
+    }
+
+    /// Whether the guest takes frames that were put together from segments.
+    pub(super) fn is_coalescing(&self) -> bool {
+        self.coalescing.load(Ordering::Relaxed)
     }
 
     /// What the guest wants of the frames it receives.
