@@ -43,6 +43,7 @@ use crate::uring::{Cqe, Tag, Uring};
 pub mod loopback;
 pub mod offload;
 mod pieces;
+pub mod segments;
 pub mod tap;
 
 pub use offload::{Offload, Offloads};
