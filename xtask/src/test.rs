@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that has to hold, with a closing line that counts it.
 //!
 //! First what needs no guest: formatting, lints, the workspace's tests (the fuzzers' corpora among
-//! them), the ring under loom, and the fuzzers for a while. Then the lab's tests, each with a
+//! them), the ring and the switch under loom, and the fuzzers for a while. Then the lab's tests, each with a
 //! guest. What cannot run here is skipped and said so; under CI=true a skip fails the run, but for
 //! the fuzzers', whose nightly toolchain is not to be had everywhere.
 
@@ -135,13 +135,18 @@ fn workspace_tests(tally: &mut Tally) -> Result<()> {
 }
 
 fn loom_tests(tally: &mut Tally) -> Result<()> {
-    heading("the ring under loom");
-    let mut command = workspace::cargo();
-    command
-        .args(["test", "--package", "vmbus", "--release", "--lib", "loom"])
-        .env("RUSTFLAGS", "--cfg loom")
-        .env("CARGO_TARGET_DIR", workspace::target_dir().join("loom"));
-    cargo_test(tally, &mut command, "the ring under loom")
+    for (package, what) in
+        [("vmbus", "the ring under loom"), ("backends", "the switch's wake-ups under loom")]
+    {
+        heading(what);
+        let mut command = workspace::cargo();
+        command
+            .args(["test", "--package", package, "--release", "--lib", "loom"])
+            .env("RUSTFLAGS", "--cfg loom")
+            .env("CARGO_TARGET_DIR", workspace::target_dir().join("loom"));
+        cargo_test(tally, &mut command, what)?;
+    }
+    Ok(())
 }
 
 /// Runs a `cargo test`, shows its output and counts its tests.

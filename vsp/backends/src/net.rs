@@ -14,7 +14,7 @@
 //! none receives nothing; what comes meanwhile waits in the network, which drops it when it has no
 //! more room. A send that cannot go at once ends later, so that a NIC with all its sends under way
 //! takes no more from its guest. Between the network and the buffers a frame is copied by the host
-//! kernel alone, or once on each side of the virtual switch.
+//! kernel alone, or once on each side of the [`switch`].
 //!
 //! A worker's turn with a queue:
 //!
@@ -44,6 +44,7 @@ pub mod loopback;
 pub mod offload;
 mod pieces;
 pub mod segments;
+pub mod switch;
 pub mod tap;
 
 pub use offload::{Offload, Offloads};
@@ -293,6 +294,16 @@ impl Counters {
         } else {
             self.send_drops += 1;
         }
+    }
+
+    /// Adds what another queue has done.
+    pub fn add(&mut self, other: &Self) {
+        self.sent += other.sent;
+        self.sent_bytes += other.sent_bytes;
+        self.send_drops += other.send_drops;
+        self.received += other.received;
+        self.received_bytes += other.received_bytes;
+        self.receive_drops += other.receive_drops;
     }
 
     /// Counts a frame of `len` bytes that has come.

@@ -53,7 +53,6 @@ impl<'a> Cursor<'a> {
     ///
     /// # Safety
     /// The buffers must be readable memory that is no part of `to`.
-    #[cfg(test)]
     pub(super) unsafe fn read(&mut self, to: &mut [u8]) {
         let mut at = to.as_mut_ptr();
         self.walk(to.len(), |address, len| {
@@ -68,7 +67,6 @@ impl<'a> Cursor<'a> {
     ///
     /// # Safety
     /// The buffers must be writable memory that is no part of `from`.
-    #[cfg(test)]
     pub(super) unsafe fn write(&mut self, from: &[u8]) {
         let mut at = from.as_ptr();
         self.walk(from.len(), |address, len| {

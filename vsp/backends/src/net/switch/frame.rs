@@ -1,0 +1,281 @@
+//! Frames inside the switch: read out of a guest, kept in a pool, written into others.
+//!
+//! `unsafe` copies from and to guests' buffers, which the callers of the queue vouch for.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::vlan::{PortVlan, Tci};
+use crate::net::offload::{Checksum, Segments};
+use crate::net::pieces::Cursor;
+use crate::net::{Dropped, ETHERNET_HEADER, Frame, MAX_FRAME, MacAddr, Offload};
+
+/// Bytes of the two addresses, behind which a tag stands.
+const ADDRESSES: usize = 12;
+
+/// Bytes of a tag, and its type (IEEE 802.1Q).
+const TAG: usize = 4;
+const TAG_TYPE: [u8; 2] = [0x81, 0x00];
+
+/// Bytes of the buffers most frames fit in.
+const SHORT: usize = 2048;
+
+/// How many buffers of either kind a queue has: as many as some inboxes hold.
+const SHORTS: usize = 1024;
+const LONGS: usize = 256;
+
+/// A frame in the switch, without a tag.
+pub(super) struct Stored {
+    bytes: Box<[u8]>,
+    len: usize,
+    /// Where it belongs, and with which priority.
+    pub(super) tci: Tci,
+    /// What is left to do to it; places are those in the frame without a tag.
+    pub(super) offload: Offload,
+}
+
+impl Stored {
+    fn new(size: usize) -> Self {
+        let bytes = vec![0; size].into_boxed_slice();
+        Self { bytes, len: 0, tci: Tci::default(), offload: Offload::NONE }
+    }
+
+    /// The frame.
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+}
+
+/// What a frame's first bytes say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) destination: MacAddr,
+    pub(super) source: MacAddr,
+    /// Its tag, if it has one.
+    tag: Option<Tci>,
+}
+
+impl Header {
+    /// Of a frame of `len` bytes that begins so.
+    fn parse(start: &[u8; ETHERNET_HEADER + TAG], len: usize) -> Option<Self> {
+        let (destination, rest) = start.split_first_chunk()?;
+        let (source, rest) = rest.split_first_chunk()?;
+        let tag = match rest {
+            [a, b, c, d, ..] if [*a, *b] == TAG_TYPE && len >= start.len() => {
+                Some(Tci(u16::from_be_bytes([*c, *d])))
+            }
+            [a, b, ..] if [*a, *b] == TAG_TYPE => return None,
+            _ => None,
+        };
+        Some(Self { destination: MacAddr(*destination), source: MacAddr(*source), tag })
+    }
+
+    /// Whether a switch may pass it on: no frame comes from several stations, and those to the
+    /// addresses 01-80-C2-00-00-00 to -0F stay on their cable (IEEE 802.1Q, table 8-1).
+    fn is_forwarded(&self) -> bool {
+        let local = matches!(self.destination.0, [1, 0x80, 0xc2, 0, 0, 0..=0x0f]);
+        !local && !self.source.is_multicast()
+    }
+}
+
+/// The same offload in a frame that has `by` bytes more, or fewer, in front of its IP header.
+fn moved(offload: Offload, by: i32) -> Option<Offload> {
+    let shift = |at: u16| u16::try_from(i32::from(at) + by).ok();
+    let checksum = match offload.checksum {
+        Checksum::Partial { start, offset } => Checksum::Partial { start: shift(start)?, offset },
+        checksum => checksum,
+    };
+    let shift_hint = |segments: Segments| Segments {
+        header_len: match segments.header_len {
+            0 => 0,
+            hint => shift(hint).unwrap_or_default(),
+        },
+        ..segments
+    };
+    Some(Offload { checksum, segments: offload.segments.map(shift_hint) })
+}
+
+/// The buffers of one sending queue. Those that receivers still hold are passed over.
+pub(super) struct Pool {
+    shorts: Ring,
+    longs: Ring,
+}
+
+struct Ring {
+    frames: Vec<Arc<Stored>>,
+    next: usize,
+    /// None was free in this batch.
+    exhausted: bool,
+    /// Of a buffer, in bytes.
+    size: usize,
+}
+
+impl Ring {
+    fn new(count: usize, size: usize) -> Self {
+        Self { frames: Vec::with_capacity(count), next: 0, exhausted: false, size }
+    }
+
+    fn is_free(&mut self, at: usize) -> bool {
+        self.frames.get_mut(at).is_some_and(|frame| Arc::get_mut(frame).is_some())
+    }
+
+    /// A buffer that nobody else holds. It is made if there are fewer than there may be.
+    fn take(&mut self) -> Option<&mut Arc<Stored>> {
+        if self.exhausted {
+            return None;
+        }
+        let count = self.frames.len();
+        let mut tried = (self.next..count).chain(0..self.next.min(count));
+        let at = match tried.find(|at| self.is_free(*at)) {
+            Some(at) => at,
+            None if count < self.frames.capacity() => {
+                self.frames.push(Arc::new(Stored::new(self.size)));
+                count
+            }
+            None => {
+                self.exhausted = true;
+                return None;
+            }
+        };
+        self.next = at + 1;
+        self.frames.get_mut(at)
+    }
+
+    /// Goes back to the first buffers, if they are free: they are still in the processor's cache.
+    fn rewind(&mut self) {
+        self.exhausted = false;
+        if self.is_free(0) {
+            self.next = 0;
+        }
+    }
+}
+
+impl Pool {
+    pub(super) fn new() -> Self {
+        Self { shorts: Ring::new(SHORTS, SHORT), longs: Ring::new(LONGS, MAX_FRAME) }
+    }
+
+    /// A batch has ended.
+    pub(super) fn rewind(&mut self) {
+        self.shorts.rewind();
+        self.longs.rewind();
+    }
+
+    /// Takes a frame in: reads it once out of its buffers and decides where it belongs. `longest`
+    /// is the longest, in bytes, that need not be cut.
+    ///
+    /// # Safety
+    /// The frame's buffers must be readable memory.
+    pub(super) unsafe fn store(
+        &mut self,
+        frame: &Frame<'_>,
+        vlan: &PortVlan,
+        longest: usize,
+    ) -> Result<(Header, Arc<Stored>), Dropped> {
+        frame.check()?;
+        let len = frame.len as usize;
+        let mut start = [0; ETHERNET_HEADER + TAG];
+        let mut from = Cursor::new(frame.buffers);
+        let begin = start.get_mut(..len.min(ETHERNET_HEADER + TAG)).unwrap_or_default();
+        // SAFETY: the caller vouches for the buffers, and `start` is ours.
+        unsafe { from.read(begin) };
+        let header = Header::parse(&start, len).ok_or(Dropped::Malformed)?;
+        if !header.is_forwarded() {
+            return Err(Dropped::Refused);
+        }
+        let tci = vlan.classify(header.tag).ok_or(Dropped::Refused)?;
+        // What is kept of the start, and how much of the frame is behind it.
+        let (mut kept, mut kept_len, mut offload) = (start, begin_len(len), frame.offload);
+        if header.tag.is_some() {
+            kept.copy_within(ADDRESSES + TAG.., ADDRESSES);
+            kept_len -= TAG;
+            offload = moved(offload, -(TAG as i32)).ok_or(Dropped::Malformed)?;
+        }
+        let len = kept_len + (len - begin_len(len));
+        if !offload.fits(len) {
+            return Err(Dropped::Malformed);
+        }
+        if len > longest && offload.segments.is_none() {
+            return Err(Dropped::Refused);
+        }
+        let ring = if len <= SHORT { &mut self.shorts } else { &mut self.longs };
+        let arc = ring.take().ok_or(Dropped::NoRoom)?;
+        let stored = Arc::get_mut(arc).ok_or(Dropped::NoRoom)?;
+        let bytes = stored.bytes.get_mut(..len).ok_or(Dropped::Malformed)?;
+        let (to_start, to_rest) = bytes.split_at_mut_checked(kept_len).ok_or(Dropped::Malformed)?;
+        to_start.copy_from_slice(kept.get(..kept_len).unwrap_or_default());
+        // SAFETY: the caller vouches for the buffers; the pool is no part of them.
+        unsafe { from.read(to_rest) };
+        (stored.len, stored.tci, stored.offload) = (len, tci, offload);
+        Ok((header, Arc::clone(arc)))
+    }
+}
+
+/// How many bytes of a frame are looked at first.
+fn begin_len(len: usize) -> usize {
+    len.min(ETHERNET_HEADER + TAG)
+}
+
+/// A frame on its way out: its headers, its payload, and a tag between the addresses and the rest
+/// if it gets one.
+pub(super) struct Leaving<'a> {
+    pub(super) headers: &'a [u8],
+    pub(super) payload: &'a [u8],
+    pub(super) tag: Option<Tci>,
+}
+
+impl Leaving<'_> {
+    /// In bytes.
+    pub(super) fn len(&self) -> usize {
+        self.headers.len() + self.payload.len() + if self.tag.is_some() { TAG } else { 0 }
+    }
+
+    /// Writes the frame into buffers that have room for it.
+    ///
+    /// # Safety
+    /// The buffers behind `to` must be writable memory.
+    pub(super) unsafe fn write(&self, mut to: Cursor<'_>) {
+        let (addresses, rest) = self.headers.split_at(ADDRESSES.min(self.headers.len()));
+        let mut tag = [0; TAG];
+        let tag = self.tag.map_or(&[][..], |Tci(tci)| {
+            tag = [TAG_TYPE[0], TAG_TYPE[1], tci.to_be_bytes()[0], tci.to_be_bytes()[1]];
+            &tag
+        });
+        for bytes in [addresses, tag, rest, self.payload] {
+            // SAFETY: the caller vouches for the buffers; what is written is the switch's.
+            unsafe { to.write(bytes) };
+        }
+    }
+}
+
+/// What is left to do to a frame that leaves with that tag.
+pub(super) fn leaving_offload(offload: Offload, tag: Option<Tci>) -> Option<Offload> {
+    match tag {
+        Some(_) => moved(offload, TAG as i32),
+        None => Some(offload),
+    }
+}
+
+/// A number that frames of one flow have in common.
+pub(super) fn flow(bytes: &[u8]) -> u32 {
+    let kind = bytes.get(12..14).unwrap_or_default();
+    // Addresses and, of TCP and UDP, ports; of what is neither, the Ethernet addresses.
+    let (addresses, ports) = match kind {
+        [0x08, 0x00] => {
+            let header = bytes.get(14).map_or(0, |byte| usize::from(byte & 15) * 4);
+            let whole =
+                bytes.get(20..22).is_some_and(|bytes| bytes[0] & 0x3f == 0 && bytes[1] == 0);
+            let ported = whole && matches!(bytes.get(23), Some(6 | 17));
+            (bytes.get(26..34), ported.then_some(14 + header))
+        }
+        [0x86, 0xdd] => (bytes.get(22..54), matches!(bytes.get(20), Some(6 | 17)).then_some(54)),
+        _ => (bytes.get(..12), None),
+    };
+    let ports = ports.and_then(|at| bytes.get(at..at + 4)).unwrap_or_default();
+    let words = addresses.unwrap_or_default().chunks(4).chain([ports]);
+    let hash = words.fold(0u64, |hash, word| {
+        let word = word.iter().fold(0u64, |word, byte| word << 8 | u64::from(*byte));
+        (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+    });
+    ((hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+}
