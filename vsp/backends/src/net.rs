@@ -44,8 +44,10 @@ pub mod loopback;
 pub mod offload;
 mod pieces;
 pub mod segments;
+pub mod stream;
 pub mod switch;
 pub mod tap;
+pub mod user;
 
 pub use offload::{Offload, Offloads};
 

@@ -1,0 +1,89 @@
+//! A network behind a stream socket: each frame with its length, four bytes, the highest first, in
+//! front of it. QEMU calls this `-netdev stream`; passt speaks it (see [`super::user`]).
+//!
+//! Frames are sent from the guest's memory, as many in one `sendmsg` as are there; what comes is
+//! received as much at a time as has come, and copied to where its frames belong.
+//!
+//! There are no words in this protocol for offloads, and one stream has one queue.
+
+mod queue;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use self::queue::{Inbound, StreamQueue};
+use super::{Link, Network, Offloads, Queue, QueueConfig};
+use crate::uring::Uring;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Stream {
+    shared: Arc<Shared>,
+    name: String,
+    mtu: u16,
+}
+
+#[derive(Debug)]
+struct Shared {
+    socket: UnixStream,
+    /// The other side has gone, or has broken the protocol.
+    gone: AtomicBool,
+    /// What was received and not yet passed on; with the queue while one is open.
+    inbound: Mutex<Option<Inbound>>,
+}
+
+impl Shared {
+    fn is_up(&self) -> bool {
+        !self.gone.load(Ordering::Relaxed)
+    }
+
+    fn put_back(&self, inbound: Inbound) {
+        *self.inbound.lock().unwrap_or_else(PoisonError::into_inner) = Some(inbound);
+    }
+}
+
+impl Stream {
+    /// A network behind a connected socket, for packets of up to `mtu` bytes.
+    pub fn new(socket: UnixStream, name: impl Into<String>, mtu: u16) -> io::Result<Self> {
+        // The ring waits; the socket itself must not say that it would have to.
+        socket.set_nonblocking(false)?;
+        let inbound = Mutex::new(Some(Inbound::new()));
+        let shared = Shared { socket, gone: AtomicBool::new(false), inbound };
+        Ok(Self { shared: Arc::new(shared), name: name.into(), mtu })
+    }
+
+    /// The socket, to be used before a queue is open.
+    pub(super) fn socket(&self) -> &UnixStream {
+        &self.shared.socket
+    }
+}
+
+impl Network for Stream {
+    fn link(&self) -> Link {
+        Link {
+            name: self.name.clone(),
+            up: self.shared.is_up(),
+            mtu: self.mtu,
+            speed: 10_000,
+            mac: None,
+            queues: 1,
+            takes: Offloads::NONE,
+            gives: Offloads::NONE,
+        }
+    }
+
+    fn set_receive_offloads(&self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn queue(&self, config: QueueConfig, _: &mut Uring) -> io::Result<Box<dyn Queue>> {
+        if config.index > 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let inbound = self.shared.inbound.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let inbound = inbound.ok_or(io::ErrorKind::ResourceBusy)?;
+        Ok(Box::new(StreamQueue::new(Arc::clone(&self.shared), config, inbound)))
+    }
+}

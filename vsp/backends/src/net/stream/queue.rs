@@ -1,0 +1,392 @@
+//! The one queue of a stream.
+//!
+//! `unsafe` hands the kernel addresses: of guest memory, which the caller of [`Queue::send`] vouches
+//! for, and of the queue's own memory, which stays where it is until the kernel is done with it.
+//! What has come is copied into buffers that the caller of [`Queue::offer`] vouches for.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::mem;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use io_uring::opcode;
+
+use super::Shared;
+use crate::net::pieces::{Cursor, Offers};
+use crate::net::{
+    Buffer, Completion, Completions, Counters, Dropped, ETHERNET_HEADER, Frame, MAX_FRAME, Offload,
+    Offloads, Queue, QueueConfig,
+};
+use crate::uring::{Cqe, Tag, Target, Token, Uring};
+
+/// In front of every frame: its length.
+const PREFIX: usize = 4;
+
+/// What can be received before any of it is passed on: some of the longest frames.
+const INBOUND: usize = 256 << 10;
+
+/// Pieces of memory in one `sendmsg` (`UIO_MAXIOV`).
+const MAX_PIECES: usize = 1024;
+
+/// Which of the queue's operations a completion is of.
+const SEND: u64 = 0;
+const RECEIVE: u64 = 1;
+const CANCEL: u64 = 2;
+
+/// What was received: bytes that hold frames one after the other, perhaps the last in part.
+pub(super) struct Inbound {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl fmt::Debug for Inbound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inbound")
+            .field("start", &self.start)
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The other side has sent a length that no frame has.
+#[derive(Debug, PartialEq, Eq)]
+struct Broken;
+
+impl Inbound {
+    pub(super) fn new() -> Self {
+        Self { bytes: vec![0; INBOUND].into_boxed_slice(), start: 0, end: 0 }
+    }
+
+    /// Where the next whole frame is, behind its length.
+    fn frame(&self) -> Result<Option<(usize, usize)>, Broken> {
+        let held = self.bytes.get(self.start..self.end).unwrap_or_default();
+        let Some((prefix, rest)) = held.split_first_chunk::<PREFIX>() else { return Ok(None) };
+        let len = u32::from_be_bytes(*prefix) as usize;
+        if !(1..=MAX_FRAME).contains(&len) {
+            return Err(Broken);
+        }
+        Ok((rest.len() >= len).then_some((self.start + PREFIX, len)))
+    }
+
+    /// The frame at hand has been passed on.
+    fn pass(&mut self, len: usize) {
+        self.start = (self.start + PREFIX + len).min(self.end);
+    }
+
+    /// Room for more, behind what is held. What is left of a frame is moved to the front if there
+    /// is not enough for the longest.
+    fn room(&mut self) -> &mut [u8] {
+        if self.bytes.len() - self.end < MAX_FRAME + PREFIX || self.start == self.end {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        self.bytes.get_mut(self.end..).unwrap_or_default()
+    }
+}
+
+/// A frame on its way.
+struct Slot {
+    id: u32,
+    len: u32,
+    prefix: [u8; PREFIX],
+    pieces: Vec<Buffer>,
+}
+
+/// What the kernel looks at while it sends: it does not move.
+struct Message {
+    header: libc::msghdr,
+    pieces: Vec<Buffer>,
+}
+
+/// See [`Queue`].
+pub(super) struct StreamQueue {
+    shared: Arc<Shared>,
+    tag: Tag,
+    target: Target,
+    inbound: Option<Inbound>,
+    /// Whether the kernel may write to the inbound bytes.
+    receiving: bool,
+    offers: Offers,
+    slots: Box<[Slot]>,
+    free: Vec<u16>,
+    /// Frames not wholly sent, in order, and how much of the first of them is.
+    queue: VecDeque<u16>,
+    sent: usize,
+    message: Box<Message>,
+    sending: bool,
+    up: bool,
+    counters: Counters,
+}
+
+impl StreamQueue {
+    pub(super) fn new(shared: Arc<Shared>, config: QueueConfig, inbound: Inbound) -> Self {
+        let QueueConfig { tag, sends, receives, .. } = config;
+        let slot = || Slot { id: 0, len: 0, prefix: [0; PREFIX], pieces: Vec::new() };
+        // SAFETY: all zeroes is a message header without anything.
+        let header = unsafe { mem::zeroed() };
+        let target = Target::descriptor(shared.socket.as_fd());
+        let up = shared.is_up();
+        Self {
+            shared,
+            tag,
+            target,
+            inbound: Some(inbound),
+            receiving: false,
+            offers: Offers::new(receives),
+            slots: (0..sends).map(|_| slot()).collect(),
+            free: (0..sends).rev().collect(),
+            queue: VecDeque::with_capacity(sends.into()),
+            sent: 0,
+            message: Box::new(Message { header, pieces: Vec::with_capacity(MAX_PIECES) }),
+            sending: false,
+            up,
+            counters: Counters::default(),
+        }
+    }
+
+    fn token(&self, kind: u64) -> u64 {
+        Token::new(self.tag, kind).user_data()
+    }
+
+    /// The stream is of no use any more.
+    fn lost(&mut self, why: &dyn fmt::Display, done: &mut Completions) {
+        if self.up {
+            self.up = false;
+            self.shared.gone.store(true, Ordering::Relaxed);
+            tracing::warn!("a network was lost: {why}");
+            done.push(Completion::Link(false));
+        }
+        if !self.sending {
+            while let Some(index) = self.queue.pop_front() {
+                self.ended(index, Err(Dropped::LinkDown), done);
+            }
+            self.sent = 0;
+        }
+    }
+
+    fn ended(&mut self, index: u16, result: Result<(), Dropped>, done: &mut Completions) {
+        let Some(slot) = self.slots.get(usize::from(index)) else { return };
+        self.counters.count_send(slot.len, result);
+        done.push(Completion::Sent { id: slot.id, result });
+        self.free.push(index);
+    }
+
+    /// Fills offered buffers with frames that have come.
+    fn pass_on(&mut self, done: &mut Completions) {
+        while let (Some(inbound), Some(offer)) = (&mut self.inbound, self.offers.front()) {
+            let (at, len) = match inbound.frame() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return,
+                Err(Broken) => return self.lost(&"it broke the protocol", done),
+            };
+            let frame = inbound.bytes.get(at..at + len).unwrap_or_default();
+            if len < ETHERNET_HEADER || len > offer.room {
+                self.counters.receive_drops += 1;
+                inbound.pass(len);
+                continue;
+            }
+            // SAFETY: who offered the buffer vouches for it until the completion below.
+            unsafe { Cursor::new(&offer.pieces).write(frame) };
+            inbound.pass(len);
+            self.counters.count_receive(len as u32);
+            done.received(self.offers.pop(), len as u32, Offload::NONE);
+        }
+    }
+
+    /// Asks the kernel for more, if there is somewhere to put it.
+    fn receive(&mut self, uring: &mut Uring) {
+        if self.receiving || !self.up || self.offers.is_empty() {
+            return;
+        }
+        let (token, target) = (self.token(RECEIVE), self.target);
+        let Some(inbound) = &mut self.inbound else { return };
+        let room = inbound.room();
+        let entry = opcode::Recv::new(target.fd(), room.as_mut_ptr(), room.len() as u32)
+            .build()
+            .flags(target.flags())
+            .user_data(token);
+        // SAFETY: this memory is not touched before the operation has completed, and outlives it
+        // even if this queue does not.
+        self.receiving = unsafe { uring.push(&entry) }.is_ok();
+    }
+
+    /// Sends what waits, as much of it as goes into one message.
+    fn transmit(&mut self, uring: &mut Uring) {
+        if self.sending || !self.up || self.queue.is_empty() {
+            return;
+        }
+        let (token, target) = (self.token(SEND), self.target);
+        let message = &mut *self.message;
+        message.pieces.clear();
+        let mut skip = self.sent;
+        for index in &self.queue {
+            let Some(slot) = self.slots.get(usize::from(*index)) else { break };
+            if message.pieces.len() + slot.pieces.len() > MAX_PIECES {
+                break;
+            }
+            for piece in &slot.pieces {
+                let skipped = skip.min(piece.len());
+                skip -= skipped;
+                if skipped < piece.len() {
+                    let address = piece.address().wrapping_add(skipped);
+                    message.pieces.push(Buffer::new(address, piece.len() - skipped));
+                }
+            }
+        }
+        message.header.msg_iov = message.pieces.as_mut_ptr().cast();
+        message.header.msg_iovlen = message.pieces.len();
+        let entry = opcode::SendMsg::new(target.fd(), &raw const message.header)
+            .flags(libc::MSG_NOSIGNAL as u32)
+            .build()
+            .flags(target.flags())
+            .user_data(token);
+        // SAFETY: who sent the frames vouches for their buffers. The message and the slots are not
+        // touched before the operation has completed, and outlive it even if this queue does not.
+        self.sending = unsafe { uring.push(&entry) }.is_ok();
+    }
+
+    /// `bytes` of the message have gone.
+    fn gone(&mut self, bytes: usize, done: &mut Completions) {
+        self.sent += bytes;
+        while let Some(index) = self.queue.front().copied() {
+            let Some(slot) = self.slots.get(usize::from(index)) else { return };
+            let whole = PREFIX + slot.len as usize;
+            if self.sent < whole {
+                return;
+            }
+            self.sent -= whole;
+            self.queue.pop_front();
+            self.ended(index, Ok(()), done);
+        }
+    }
+}
+
+impl Queue for StreamQueue {
+    unsafe fn send(&mut self, frame: Frame<'_>, _: &mut Uring, done: &mut Completions) {
+        let Frame { id, len, buffers, offload } = frame;
+        let result = match frame.check() {
+            Ok(()) if !self.up => Err(Dropped::LinkDown),
+            Ok(()) if offload.needs() != Offloads::NONE => Err(Dropped::Malformed),
+            Ok(()) => self.free.pop().ok_or(Dropped::Busy),
+            Err(dropped) => Err(dropped),
+        };
+        let index = match result {
+            Ok(index) => index,
+            Err(dropped) => {
+                self.counters.count_send(len, Err(dropped));
+                return done.push(Completion::Sent { id, result: Err(dropped) });
+            }
+        };
+        let Some(slot) = self.slots.get_mut(usize::from(index)) else { return };
+        (slot.id, slot.len, slot.prefix) = (id, len, len.to_be_bytes());
+        slot.pieces.clear();
+        slot.pieces.push(Buffer::new(slot.prefix.as_mut_ptr(), PREFIX));
+        let mut left = len as usize;
+        for buffer in buffers {
+            let len = buffer.len().min(left);
+            left -= len;
+            if len > 0 {
+                slot.pieces.push(Buffer::new(buffer.address(), len));
+            }
+        }
+        self.queue.push_back(index);
+    }
+
+    unsafe fn offer(&mut self, id: u32, buffers: &[Buffer], _: &mut Uring, done: &mut Completions) {
+        self.offers.push(id, buffers, done);
+    }
+
+    fn turn(&mut self, uring: &mut Uring, done: &mut Completions) {
+        if !self.receiving {
+            self.pass_on(done);
+        }
+        self.receive(uring);
+        self.transmit(uring);
+    }
+
+    fn complete(&mut self, cqe: &Cqe, uring: &mut Uring, done: &mut Completions) {
+        match cqe.token.value() {
+            RECEIVE => {
+                self.receiving = false;
+                match usize::try_from(cqe.result) {
+                    Ok(0) => self.lost(&"its other side is gone", done),
+                    Ok(bytes) => {
+                        if let Some(inbound) = &mut self.inbound {
+                            inbound.end = (inbound.end + bytes).min(inbound.bytes.len());
+                        }
+                        self.pass_on(done);
+                    }
+                    Err(_) => match cqe.result.wrapping_neg() {
+                        libc::ECANCELED | libc::EINTR | libc::EAGAIN => {}
+                        errno => self.lost(&io::Error::from_raw_os_error(errno), done),
+                    },
+                }
+                self.receive(uring);
+            }
+            SEND => {
+                self.sending = false;
+                match usize::try_from(cqe.result) {
+                    Ok(bytes) => self.gone(bytes, done),
+                    Err(_) => match cqe.result.wrapping_neg() {
+                        libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM => {}
+                        errno => self.lost(&io::Error::from_raw_os_error(errno), done),
+                    },
+                }
+                if !self.up {
+                    self.lost(&"its other side is gone", done);
+                }
+                self.transmit(uring);
+            }
+            _ => {}
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        let whole = || self.inbound.as_ref().is_some_and(|inbound| inbound.frame() != Ok(None));
+        self.up && !self.receiving && !self.offers.is_empty() && whole()
+    }
+
+    fn prepare_to_sleep(&mut self) -> bool {
+        !self.is_ready()
+    }
+
+    fn recall(&mut self, uring: &mut Uring, done: &mut Completions) {
+        self.offers.recall(done);
+        if self.receiving {
+            let cancel = opcode::AsyncCancel::new(self.token(RECEIVE)).build();
+            // SAFETY: a cancellation points to nothing. If it cannot be pushed, the operation ends
+            // with what comes next.
+            let _ = unsafe { uring.push(&cancel.user_data(self.token(CANCEL))) };
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queue.len() + self.offers.len() + usize::from(self.receiving)
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+}
+
+impl Drop for StreamQueue {
+    /// A queue that goes with operations under way leaves behind what the kernel still looks at,
+    /// and the stream with it, which may have stopped within a frame.
+    fn drop(&mut self) {
+        if self.sending || self.receiving || self.sent > 0 {
+            tracing::warn!("a network was closed with frames under way");
+            self.shared.gone.store(true, Ordering::Relaxed);
+            let empty = Box::new(Message { header: self.message.header, pieces: Vec::new() });
+            let message = mem::replace(&mut self.message, empty);
+            let inbound = self.inbound.take();
+            mem::forget((message, mem::take(&mut self.slots), inbound, Arc::clone(&self.shared)));
+        } else if let Some(inbound) = self.inbound.take() {
+            self.shared.put_back(inbound);
+        }
+    }
+}

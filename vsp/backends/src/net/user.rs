@@ -1,0 +1,210 @@
+//! User-mode networking: the guest behind the host's own addresses, with no rights needed.
+//!
+//! The work is passt's, a process of its own that turns the guest's frames into sockets of the host
+//! and back. It answers ARP, DHCP, NDP, DHCPv6 and DNS, and leads ports of the host to the guest.
+//! It is started with one end of a [`Stream`] and ends with it.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::fs::MemfdFlags;
+
+use super::stream::Stream;
+use super::{Link, Network, Offloads, Queue, QueueConfig};
+use crate::uring::Uring;
+
+/// How long passt may take to answer for the first time.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A protocol of which ports can be forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A port of the host that leads to one of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// Which protocol.
+    pub protocol: Protocol,
+    /// The host's address.
+    pub address: IpAddr,
+    /// The host's port.
+    pub host: u16,
+    /// The guest's port.
+    pub guest: u16,
+}
+
+impl Forward {
+    /// As passt's options `-t` and `-u` take it.
+    fn to_argument(self) -> String {
+        format!("{}/{}:{}", self.address, self.host, self.guest)
+    }
+}
+
+/// Why there is no user-mode network.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's message says it")]
+pub enum StartError {
+    #[error(
+        "user-mode networking takes the program passt, which is not there; as root, run: apt install passt"
+    )]
+    Missing,
+    #[error("cannot start passt")]
+    Start { source: io::Error },
+    #[error("passt ended: {said}")]
+    Ended { said: String },
+    #[error("passt does not answer")]
+    Silent { source: io::Error },
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct User {
+    stream: Stream,
+    passt: Child,
+}
+
+impl User {
+    /// Starts passt for a guest with packets of up to `mtu` bytes, and waits until it answers.
+    pub fn start(mtu: u16, forwards: &[Forward]) -> Result<Self, StartError> {
+        Self::start_program("passt", mtu, forwards)
+    }
+
+    fn start_program(program: &str, mtu: u16, forwards: &[Forward]) -> Result<Self, StartError> {
+        let failed = |source: io::Error| StartError::Start { source };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        // This one is not closed when the program starts.
+        let inherited = rustix::io::dup(&theirs).map_err(|errno| failed(errno.into()))?;
+        let said = rustix::fs::memfd_create("passt", MemfdFlags::CLOEXEC);
+        let said = File::from(said.map_err(|errno| failed(errno.into()))?);
+        let mut command = Command::new(program);
+        command.args(["--foreground", "--quiet", "--stderr"]);
+        command.arg("--fd").arg(inherited.as_raw_fd().to_string());
+        command.arg("--mtu").arg(mtu.to_string());
+        for (protocol, option) in [(Protocol::Tcp, "-t"), (Protocol::Udp, "-u")] {
+            let mut any = false;
+            for forward in forwards.iter().filter(|forward| forward.protocol == protocol) {
+                command.arg(option).arg(forward.to_argument());
+                any = true;
+            }
+            if !any {
+                command.args([option, "none"]);
+            }
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(said.try_clone().map_err(failed)?);
+        let passt = command.spawn().map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => StartError::Missing,
+            _ => StartError::Start { source },
+        })?;
+        drop((theirs, inherited));
+        let mut user = Self { stream: Stream::new(ours, "user", mtu).map_err(failed)?, passt };
+        match user.stream.probe() {
+            Ok(()) => Ok(user),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(StartError::Silent { source: error })
+            }
+            Err(_) => {
+                let _ = user.passt.wait();
+                Err(StartError::Ended { said: reason(said) })
+            }
+        }
+    }
+
+    /// The process's number, for those who look after processes.
+    pub fn pid(&self) -> u32 {
+        self.passt.id()
+    }
+}
+
+impl Stream {
+    /// Asks who has an address that only a gateway answers for, and waits for any frame.
+    fn probe(&self) -> io::Result<()> {
+        let mut socket = self.socket();
+        let sender = [0x52, 0x54, 0, 0, 0, 1];
+        let mut frame = vec![0, 0, 0, 42];
+        frame.extend([0xff; 6]);
+        frame.extend(sender);
+        // ARP over Ethernet for IPv4: a request, whose sender has no address yet (RFC 5227).
+        frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        frame.extend(sender);
+        frame.extend([0; 10]);
+        frame.extend([192, 0, 2, 99]);
+        socket.write_all(&frame)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let mut len = [0; 4];
+        socket.read_exact(&mut len)?;
+        let mut answer = vec![0; u32::from_be_bytes(len).min(1 << 16) as usize];
+        socket.read_exact(&mut answer)?;
+        socket.set_read_timeout(None)
+    }
+}
+
+/// What the program said last.
+fn reason(mut said: File) -> String {
+    let mut text = String::new();
+    let read = said.rewind().and_then(|()| said.read_to_string(&mut text));
+    let last = text.lines().rfind(|line| !line.trim().is_empty() && !line.contains("syslog"));
+    match (read, last) {
+        (Ok(_), Some(line)) => line.trim().to_owned(),
+        _ => "it did not say why".to_owned(),
+    }
+}
+
+impl Network for User {
+    fn link(&self) -> Link {
+        self.stream.link()
+    }
+
+    fn set_receive_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        self.stream.set_receive_offloads(offloads)
+    }
+
+    fn queue(&self, config: QueueConfig, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {
+        self.stream.queue(config, uring)
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        // It would end by itself with its socket, which a queue may still hold.
+        let _ = self.passt.kill();
+        let _ = self.passt.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_program_is_named_with_what_helps() {
+        let error = User::start_program("/nonexistent/passt", 1500, &[]).unwrap_err();
+        assert!(matches!(error, StartError::Missing));
+        assert!(error.to_string().ends_with("apt install passt"));
+    }
+
+    #[test]
+    fn a_program_that_ends_is_quoted() {
+        let error = User::start_program("/bin/false", 1500, &[]).unwrap_err();
+        assert_eq!(error.to_string(), "passt ended: it did not say why");
+        let error = User::start_program("/bin/ls", 1500, &[]).unwrap_err();
+        assert!(matches!(&error, StartError::Ended { said } if said.contains("ls")), "{error}");
+    }
+
+    #[test]
+    fn forwards_are_written_as_passt_wants_them() {
+        let address = "127.0.0.1".parse().unwrap();
+        let forward = Forward { protocol: Protocol::Tcp, address, host: 2222, guest: 22 };
+        assert_eq!(forward.to_argument(), "127.0.0.1/2222:22");
+    }
+}
