@@ -40,6 +40,7 @@ use std::str::FromStr;
 pub use crate::block::Buffer;
 use crate::uring::{Cqe, Tag, Uring};
 
+pub mod capture;
 pub mod loopback;
 pub mod offload;
 mod pieces;
