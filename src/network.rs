@@ -3,15 +3,24 @@
 //! Networks are opened first and stay open over the guest's restarts, so that a tap that was made
 //! for it keeps its place in the host; the NICs are made anew.
 
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use backends::net::capture::Captured;
+use backends::net::switch::vlan::PortVlan;
+use backends::net::switch::{PortOptions, Switch, SwitchOptions};
 use backends::net::tap::{Tap, TapOptions};
+use backends::net::user::User;
 use backends::net::{MacAddr, Network};
 use vsp::netvsp::{Nic, NicConfig};
 
 use crate::options::nic::{NicAttach, NicBackend, NicOption};
+
+/// The MTU of a NIC behind user-mode networking, if it is not said: what every guest starts out
+/// with.
+const USER_MTU: u16 = 1500;
 
 /// A NIC's cable and what is fixed about the NIC.
 pub struct Plugged {
@@ -19,34 +28,58 @@ pub struct Plugged {
     network: Arc<dyn Network>,
 }
 
-/// Opens what `options` name, for a guest of `vps` processors.
+/// Opens what `options` name, for a guest of `vps` processors. NICs that name the same switch are
+/// on one.
 pub fn plug(options: &[NicOption], vps: u32) -> anyhow::Result<Vec<Plugged>> {
+    let mut switches = HashMap::new();
+    let mut captures = HashSet::new();
     (0..)
         .zip(options)
         .map(|(number, option)| {
-            open(number, option, vps).with_context(|| format!("--nic {number}"))
+            if let Some(path) = &option.pcap {
+                ensure!(
+                    captures.insert(path),
+                    "--nic {number}: pcap={} is another NIC's already",
+                    path.display()
+                );
+            }
+            open(number, option, vps, &mut switches).with_context(|| format!("--nic {number}"))
         })
         .collect()
 }
 
-fn open(number: u8, option: &NicOption, vps: u32) -> anyhow::Result<Plugged> {
+fn open(
+    number: u8,
+    option: &NicOption,
+    vps: u32,
+    switches: &mut HashMap<String, Switch>,
+) -> anyhow::Result<Plugged> {
     if option.attach == NicAttach::E1000 {
         bail!("attach=e1000 is not there yet; attach=netvsc is");
     }
-    if option.pcap.is_some() {
-        bail!("pcap= is not there yet");
-    }
-    let network: Arc<dyn Network> = match &option.backend {
+    let mut network: Arc<dyn Network> = match &option.backend {
         NicBackend::Tap(name) => Arc::new(open_tap(name, option, vps)?),
-        NicBackend::Switch { .. } => bail!("backend=switch is not there yet; backend=tap:NAME is"),
-        NicBackend::User { .. } => bail!("backend=user is not there yet; backend=tap:NAME is"),
+        NicBackend::Switch { name, vlan, isolated } => {
+            let switch = switches
+                .entry(name.clone())
+                .or_insert_with(|| Switch::new(SwitchOptions::new(name)));
+            let vlan = vlan.map_or_else(PortVlan::default, PortVlan::Access);
+            Arc::new(switch.port(PortOptions { vlan, isolated: *isolated })?)
+        }
+        NicBackend::User { forwards } => {
+            Arc::new(User::start(option.mtu.unwrap_or(USER_MTU), forwards)?)
+        }
     };
+    if let Some(path) = &option.pcap {
+        network = Arc::new(Captured::new(network, path)?);
+    }
     let link = network.link();
+    let wanted = option.queues.unwrap_or_else(|| u16::try_from(vps).unwrap_or(u16::MAX));
     let config = NicConfig {
         number,
         address: option.mac.or(link.mac).unwrap_or_else(made_up),
         max_mtu: option.mtu.unwrap_or(link.mtu),
-        channels: link.queues,
+        channels: link.queues.min(wanted),
         name: String::new(),
     };
     Ok(Plugged { config, network })

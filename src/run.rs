@@ -81,7 +81,7 @@ pub struct Run {
     /// A CD-ROM drive with this ISO image in it, on the IDE controller; may be given several times
     #[arg(long, value_name = "ISO")]
     cdrom: Vec<PathBuf>,
-    /// A NIC: backend=tap:NAME[,KEY=VALUE]…; may be given several times
+    /// A NIC: backend=tap:NAME, switch:NAME or user[,KEY=VALUE]…; may be given several times
     #[arg(long, value_name = "NIC")]
     nic: Vec<NicOption>,
     /// Where the serial port leads: stdio, null or file:PATH

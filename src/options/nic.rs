@@ -1,11 +1,11 @@
 //! What `--nic` means: `attach=netvsc,backend=tap:lab0,mac=52:54:00:12:34:56,queues=2`.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use backends::net::MacAddr;
+use backends::net::user::{Forward, Protocol};
 
 use super::{OptionError, pairs_with, switch};
 
@@ -95,7 +95,7 @@ impl FromStr for NicOption {
                     _ => return Err(refused("attach", value, "netvsc or e1000")),
                 },
                 "backend" => backend = Some(value),
-                "hostfwd" => forwards.push(value.parse()?),
+                "hostfwd" => forwards.push(forward(&value)?),
                 "vlan" => vlan = Some(within(VLANS, "vlan", value, "1 to 4094")?),
                 "isolated" => isolated = Some(switch("isolated", value)?),
                 "mac" => match value.parse::<MacAddr>() {
@@ -141,79 +141,38 @@ impl FromStr for NicOption {
     }
 }
 
-/// A protocol that can be forwarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-}
-
-/// A port of the host that leads to one of the guest: `tcp:2222-22`, `udp:0.0.0.0:53`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Forward {
-    /// Which protocol.
-    pub protocol: Protocol,
-    /// The host's address; its own, which nobody else reaches, if it is not said.
-    pub address: IpAddr,
-    /// The host's port.
-    pub host: u16,
-    /// The guest's port; the same if it is not said.
-    pub guest: u16,
-}
-
-impl fmt::Display for Forward {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let protocol = match self.protocol {
-            Protocol::Tcp => "tcp",
-            Protocol::Udp => "udp",
-        };
-        match self.address {
-            IpAddr::V4(address) => {
-                write!(f, "{protocol}:{address}:{}-{}", self.host, self.guest)
-            }
-            IpAddr::V6(address) => {
-                write!(f, "{protocol}:[{address}]:{}-{}", self.host, self.guest)
-            }
+/// Reads one: `tcp:2222-22`, `udp:0.0.0.0:53`. Without an address, only the host itself reaches the
+/// port; without a guest's port, that is the same.
+fn forward(s: &str) -> Result<Forward, OptionError> {
+    let wrong = || {
+        let allowed = "tcp:[ADDRESS:]PORT[-GUESTPORT] or udp:[ADDRESS:]PORT[-GUESTPORT]";
+        refused("hostfwd", s.to_owned(), allowed)
+    };
+    let (protocol, rest) = s.split_once(':').ok_or_else(wrong)?;
+    let protocol = match protocol {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        _ => return Err(wrong()),
+    };
+    let (host, guest) = rest.split_once('-').map_or((rest, None), |(h, g)| (h, Some(g)));
+    let (address, host) = match host.rsplit_once(':') {
+        None => (Ipv4Addr::LOCALHOST.into(), host),
+        Some((address, host)) => {
+            let inner = address.strip_prefix('[').and_then(|address| address.strip_suffix(']'));
+            let address = match inner {
+                Some(inner) => inner.parse().map(IpAddr::V6),
+                None => address.parse().map(IpAddr::V4),
+            };
+            (address.map_err(|_| wrong())?, host)
         }
-    }
-}
-
-impl FromStr for Forward {
-    type Err = OptionError;
-
-    fn from_str(s: &str) -> Result<Self, OptionError> {
-        let wrong = || {
-            let allowed = "tcp:[ADDRESS:]PORT[-GUESTPORT] or udp:[ADDRESS:]PORT[-GUESTPORT]";
-            refused("hostfwd", s.to_owned(), allowed)
-        };
-        let (protocol, rest) = s.split_once(':').ok_or_else(wrong)?;
-        let protocol = match protocol {
-            "tcp" => Protocol::Tcp,
-            "udp" => Protocol::Udp,
-            _ => return Err(wrong()),
-        };
-        let (host, guest) = rest.split_once('-').map_or((rest, None), |(h, g)| (h, Some(g)));
-        let (address, host) = match host.rsplit_once(':') {
-            None => (Ipv4Addr::LOCALHOST.into(), host),
-            Some((address, host)) => {
-                let inner = address.strip_prefix('[').and_then(|address| address.strip_suffix(']'));
-                let address = match inner {
-                    Some(inner) => inner.parse().map(IpAddr::V6),
-                    None => address.parse().map(IpAddr::V4),
-                };
-                (address.map_err(|_| wrong())?, host)
-            }
-        };
-        let port = |text: &str| match text.parse::<u16>() {
-            Ok(port) if port > 0 && text.bytes().all(|byte| byte.is_ascii_digit()) => Ok(port),
-            _ => Err(wrong()),
-        };
-        let host = port(host)?;
-        let guest = guest.map_or(Ok(host), port)?;
-        Ok(Self { protocol, address, host, guest })
-    }
+    };
+    let port = |text: &str| match text.parse::<u16>() {
+        Ok(port) if port > 0 && text.bytes().all(|byte| byte.is_ascii_digit()) => Ok(port),
+        _ => Err(wrong()),
+    };
+    let host = port(host)?;
+    let guest = guest.map_or(Ok(host), port)?;
+    Ok(Forward { protocol, address, host, guest })
 }
 
 fn refused(key: &'static str, value: String, allowed: &'static str) -> OptionError {
@@ -274,8 +233,18 @@ mod tests {
         else {
             panic!("not user");
         };
-        let texts: Vec<_> = forwards.iter().map(ToString::to_string).collect();
-        assert_eq!(texts, ["tcp:127.0.0.1:2222-22", "udp:0.0.0.0:53-53", "tcp:[::1]:80-8080"]);
+        let forward = |protocol, address: &str, host, guest| Forward {
+            protocol,
+            address: address.parse().unwrap(),
+            host,
+            guest,
+        };
+        let expected = [
+            forward(Protocol::Tcp, "127.0.0.1", 2222, 22),
+            forward(Protocol::Udp, "0.0.0.0", 53, 53),
+            forward(Protocol::Tcp, "::1", 80, 8080),
+        ];
+        assert_eq!(forwards, expected);
     }
 
     #[test]
