@@ -96,7 +96,7 @@ fn boot(
     partition: PartitionOption,
     started: Instant,
 ) -> anyhow::Result<Report> {
-    let [ide_path, vmbus_path] = paths::split(disk, ["IDE", "the VMBus"]);
+    let [ide_path, vmbus_path] = paths::split(disk, "the demo's disk", ["IDE", "the VMBus"]);
     let mut ide = IdeDisks::default();
     ide.attach(None, None, ide_path)?;
     let config = MachineConfig {

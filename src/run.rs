@@ -109,6 +109,8 @@ const LEAST_MEMORY: u64 = 32 << 20;
 
 /// A disk and where the guest sees it.
 struct Attached {
+    /// Its path, for messages.
+    name: String,
     disk: Arc<dyn Disk>,
     place: Place,
 }
@@ -252,7 +254,7 @@ fn open(option: &DiskOption) -> anyhow::Result<Attached> {
             on_vmbus: option.attach == Attach::IdeAndScsi,
         },
     };
-    Ok(Attached { disk: Arc::new(disk), place })
+    Ok(Attached { name: option.path.display().to_string(), disk: Arc::new(disk), place })
 }
 
 /// What is on the VMBus: the SCSI controllers with their disks, and IDE disks. Disks that name a LUN
@@ -263,7 +265,7 @@ fn controllers(
     vps: u32,
 ) -> anyhow::Result<Vec<Box<dyn Device>>> {
     let mut builders = BTreeMap::new();
-    let scsi = disks.iter().filter_map(|Attached { disk, place }| match *place {
+    let scsi = disks.iter().filter_map(|Attached { disk, place, .. }| match *place {
         Place::Scsi { controller, lun } => Some((disk, controller, lun)),
         Place::Ide { .. } => None,
     });
@@ -286,8 +288,8 @@ fn controllers(
 fn ide_attachments(disks: &[Attached]) -> anyhow::Result<IdeAttachments> {
     let mut wanted: Vec<_> = disks
         .iter()
-        .filter_map(|Attached { disk, place }| match *place {
-            Place::Ide { channel, device, on_vmbus } => Some((disk, channel, device, on_vmbus)),
+        .filter_map(|attached| match attached.place {
+            Place::Ide { channel, device, on_vmbus } => Some((attached, channel, device, on_vmbus)),
             Place::Scsi { .. } => None,
         })
         .collect();
@@ -295,9 +297,9 @@ fn ide_attachments(disks: &[Attached]) -> anyhow::Result<IdeAttachments> {
         2 - u8::from(channel.is_some()) - u8::from(device.is_some())
     });
     let mut ide = IdeAttachments { all_on_vmbus: !wanted.is_empty(), ..Default::default() };
-    for (disk, channel, device, on_vmbus) in wanted {
+    for (Attached { name, disk, .. }, channel, device, on_vmbus) in wanted {
         if on_vmbus {
-            let [ata, scsi] = paths::split(disk, ["IDE", "the VMBus"]);
+            let [ata, scsi] = paths::split(disk, name, ["IDE", "the VMBus"]);
             let (channel, device) = ide.disks.attach(channel, device, ata).context("--disk")?;
             ide.on_vmbus.push(OnVmbus { channel, device, disk: scsi });
         } else {

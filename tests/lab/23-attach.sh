@@ -36,7 +36,7 @@ expect 'scsi: 32768'
 expect 'both paths: the same'
 expect 'refused: .*[Ww]rite protected'
 expect 'unchanged'
-grep -q 'writes to it by IDE, so its writes by the VMBus are refused' partita.log ||
+grep -q 'disk.img: the guest writes to it by IDE, so its writes by the VMBus are refused' partita.log ||
     fail 'the refusal is not told'
 
 echo 'echo "disks: $(ls /sys/block | grep -c "^[sv]")"; ls /sys/bus/pci/devices | wc -l | sed "s/^/pci: /"' >none.sh

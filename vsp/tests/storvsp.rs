@@ -320,7 +320,7 @@ fn an_ide_disk_is_the_target_that_its_offer_says() {
 #[test]
 fn a_disk_that_is_written_by_another_path_is_protected() {
     let (ram, disk) = ram(MIB);
-    let [ide, scsi] = paths::split(&disk, ["IDE", "the VMBus"]);
+    let [ide, scsi] = paths::split(&disk, "disk", ["IDE", "the VMBus"]);
     // Two guests stand for two drivers of one: a channel each, to one disk.
     let mut first = Guest::with_ide_disk(ide);
     let mut second = Guest::new(vec![scsi]);

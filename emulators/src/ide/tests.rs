@@ -242,7 +242,7 @@ fn a_processor_does_not_wait_for_the_disk() {
 #[test]
 fn what_another_path_writes_is_protected_here() {
     let disk: Arc<dyn Disk> = Arc::new(RamDisk::new(1 << 20).unwrap());
-    let [ide, other] = paths::split(&disk, ["IDE", "another"]);
+    let [ide, other] = paths::split(&disk, "disk", ["IDE", "another"]);
     let (machine, second) = (Machine::new(ide), Machine::new(other));
     assert_eq!(second.dma(0xca, 0, 0, 2, 1024), (0x50, 4));
     assert_eq!(machine.dma(0xc8, 8, 0, 2, 1024), (0x50, 4));

@@ -15,7 +15,7 @@
 //! use backends::{block::Disk, paths, ram::RamDisk};
 //!
 //! let disk: Arc<dyn Disk> = Arc::new(RamDisk::new(1 << 20)?);
-//! let [ide, scsi] = paths::split(&disk, ["IDE", "the VMBus"]);
+//! let [ide, scsi] = paths::split(&disk, "disk.img", ["IDE", "the VMBus"]);
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
@@ -32,10 +32,16 @@ use crate::block::{
 };
 use crate::uring::{Cqe, Tag, Uring};
 
-/// Makes a path of each name to `disk`. The names stand in the line that tells of a refusal.
-pub fn split<const N: usize>(disk: &Arc<dyn Disk>, names: [&'static str; N]) -> [Arc<dyn Disk>; N] {
+/// Makes a path of each name to `disk`, which the user knows as `name`: all of them stand in the line
+/// that tells of a refusal.
+pub fn split<const N: usize>(
+    disk: &Arc<dyn Disk>,
+    name: &str,
+    paths: [&'static str; N],
+) -> [Arc<dyn Disk>; N] {
     let ownership = Arc::new(Ownership {
-        names: names.to_vec(),
+        disk: name.to_owned(),
+        names: paths.to_vec(),
         owner: AtomicUsize::new(NOBODY),
         told: AtomicBool::new(false),
         queues: Mutex::new(vec![0; N]),
@@ -51,6 +57,9 @@ const NOBODY: usize = usize::MAX;
 
 /// Who may write.
 struct Ownership {
+    /// The disk's name.
+    disk: String,
+    /// The paths'.
     names: Vec<&'static str>,
     /// The path that has written first, or [`NOBODY`].
     owner: AtomicUsize,
@@ -89,7 +98,7 @@ impl Ownership {
     }
 
     /// Says once that there was a refusal: a guest can make as many as it likes.
-    fn tell(&self, disk: &str, path: usize) {
+    fn tell(&self, path: usize) {
         if self.told.swap(true, Ordering::Relaxed) {
             return;
         }
@@ -97,7 +106,8 @@ impl Ownership {
         let owner = name(self.owner.load(Ordering::Relaxed));
         let other = name(path);
         tracing::warn!(
-            "disk {disk}: the guest writes to it by {owner}, so its writes by {other} are refused"
+            "{}: the guest writes to it by {owner}, so its writes by {other} are refused",
+            self.disk
         );
     }
 }
@@ -119,16 +129,14 @@ impl Disk for Path {
         if let Some(count) = self.ownership.queues().get_mut(self.index) {
             *count += 1;
         }
-        let (disk, ownership) = (self.disk.geometry().id, Arc::clone(&self.ownership));
-        Ok(Box::new(PathQueue { queue: Some(queue), disk, index: self.index, ownership }))
+        let ownership = Arc::clone(&self.ownership);
+        Ok(Box::new(PathQueue { queue: Some(queue), index: self.index, ownership }))
     }
 }
 
 struct PathQueue {
     /// Here until the last moment.
     queue: Option<Box<dyn Queue>>,
-    /// The disk's name.
-    disk: String,
     index: usize,
     ownership: Arc<Ownership>,
 }
@@ -145,7 +153,7 @@ impl Queue for PathQueue {
             // SAFETY: the caller's promise is passed on.
             Some(queue) if may => unsafe { queue.submit(request, uring, done) },
             _ => {
-                self.ownership.tell(&self.disk, self.index);
+                self.ownership.tell(self.index);
                 let result = Err(BlockError::new(BlockErrorKind::ReadOnly));
                 done.push(Completion { id: request.id, result });
             }
@@ -196,7 +204,7 @@ mod tests {
 
     fn paths() -> (RamDisk, [Arc<dyn Disk>; 2]) {
         let disk = RamDisk::new(4096).unwrap();
-        let paths = split(&(Arc::new(disk.clone()) as _), ["one", "the other"]);
+        let paths = split(&(Arc::new(disk.clone()) as _), "ram", ["one", "the other"]);
         (disk, paths)
     }
 
