@@ -392,8 +392,9 @@ fn add_odd_ports(
     let (apm, control) = (ApmPorts::default(), SystemControl::new(stop.clone()));
     ports.add("APM", ApmPorts::PORT.into(), ApmPorts::PORTS.into(), Arc::new(apm))?;
     ports.add("system control", SystemControl::PORT.into(), 1, Arc::new(control))?;
-    ports.add("i8042 data", I8042::DATA_PORT, 1, Arc::new(Nothing))?;
-    ports.add("i8042 command", I8042::COMMAND_PORT, 1, Arc::new(I8042::new(stop)))?;
+    let keyboard = Arc::new(I8042::new(stop));
+    ports.add("i8042 data", I8042::DATA_PORT, 1, keyboard.data())?;
+    ports.add("i8042 command", I8042::COMMAND_PORT, 1, keyboard.command())?;
     Ok(())
 }
 
