@@ -133,6 +133,41 @@ fn a_hosted_partition_has_one_processor() {
 }
 
 #[test]
+fn a_hosted_partition_has_no_interrupt_controllers() {
+    let run = ["run", "--partition", "hosted", "--builtin", "identify", "--irqchip", "user"];
+    let refused = partita(&run);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(said, "partita: --irqchip user: a hosted partition has no interrupt controllers\n");
+}
+
+#[test]
+fn interrupt_controllers_may_be_in_user_space() {
+    let split =
+        hypervisor::kvm::open().is_ok_and(|kvm| hypervisor::kvm::lacking_split(&kvm).is_none());
+    if !split || !partitions().contains(&"kvm") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let disk = format!("path={},attach=ide", image(&folder, "a", 1 << 20));
+    let work = "verify bytes=256k bs=64k";
+    let run = ["run", "--partition", "kvm", "--irqchip", "user", "--stats", "--memory", "64M"];
+    let ended = partita(&[&run[..], &["--builtin", work, "--disk", &disk]].concat());
+    let (text, counted) =
+        (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+    assert!(ended.status.success(), "{text}{counted}");
+    assert!(
+        text.contains(r#""result":"verify","disk":0,"driver":"ide-dma","bytes":262144,"#),
+        "{text}"
+    );
+    // Each of the disk's interrupts has gone by the I/O APIC.
+    let messages = counted
+        .split_once("interrupt controllers: in user space, ")
+        .and_then(|(_, rest)| rest.split_once(" messages")?.0.parse().ok());
+    assert!(messages.is_some_and(|messages: u32| messages >= 8), "{counted}");
+}
+
+#[test]
 fn an_ide_disk_is_worked_on_by_dma_and_by_pio() {
     for partition in partitions() {
         let folder = tempfile::tempdir().unwrap();
