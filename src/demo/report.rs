@@ -154,7 +154,7 @@ impl Report {
                 say(
                     "ports",
                     format!(
-                        "an IDE controller on the PCI bus, with {}: the same once more",
+                        "an IDE controller on the PCI bus, with {}",
                         counted(line.number("disks"), "disk"),
                     ),
                 );
@@ -162,7 +162,7 @@ impl Report {
                 say(
                     "disk",
                     format!(
-                        "{} {}, {} in blocks of {} bytes: {place}",
+                        "{} {}, {} in blocks of {} bytes, the same by both: {place}",
                         line.field("vendor").unwrap_or("?"),
                         line.field("product").unwrap_or("?"),
                         size(line.number("bytes")),
