@@ -4,7 +4,7 @@
 #![allow(unsafe_code)] // The processor's memory becomes the guest's pages.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use guest_drivers::boot::{BootParameters, CONSOLE_PORT, EXIT_PORT};
@@ -75,6 +75,9 @@ mod msr {
 
 /// An open-source system (bit 63) of a kind that has no number.
 const GUEST_OS_ID: u64 = 1 << 63 | 0x7f << 56;
+
+/// A guest that waits for a device in vain finds out by the clock, after this at the latest.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
 /// Any vector will do: a process has one interrupt.
 const VECTOR: u64 = 0x20;
@@ -224,7 +227,7 @@ impl Platform for HostedGuest {
 
     fn idle(&self) {
         self.halts.set(self.halts.get() + 1);
-        self.processor.halt();
+        self.processor.halt_for(LONGEST_SLEEP);
         let memory = self.processor.memory();
         let flags = (EVENTS + SINT..EVENTS + SINT + PER_SINT).step_by(4);
         for flags in flags.filter_map(|at| memory.get_atomic_ref::<AtomicU32>(at).ok()) {

@@ -111,7 +111,8 @@ pub trait Platform: Ports {
     /// Sleeps until there is a message, an event or an interrupt that the guest
     /// [listens](Ports::listen) for, and then clears all event flags of the VMBus's
     /// SINT: whoever has slept looks into the rings. Returns at once if an interrupt came since the
-    /// last time, and may return without cause.
+    /// last time, and may return without cause; without any it does so after a second or a few, so that
+    /// who waits in vain finds out.
     ///
     /// All flags, as a flag that stays set brings no interrupt any more: that of another channel,
     /// whose driver does not wait now, would be missed when it does.

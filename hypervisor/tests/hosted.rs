@@ -8,6 +8,7 @@ mod common;
 
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{END, Messages, REPORT, STEP, run, run_to_any_end};
 use hypervisor::hosted::{GuestProgram, HostedPartition, Processor};
@@ -446,7 +447,7 @@ mod a_rising_line_interrupts {
             2 => line.set_level(false),
             _ => line.pulse(),
         });
-        assert_eq!(reports, [1, 2]);
+        assert_eq!(reports, [1, 2, 2]);
     }
 
     pub(super) fn guest(guest: &Guest) {
@@ -457,6 +458,9 @@ mod a_rising_line_interrupts {
         guest.step(2);
         guest.step(3);
         guest.0.halt();
+        guest.report(guest.0.interrupts());
+        // None comes any more.
+        guest.0.halt_for(Duration::from_millis(1));
         guest.report(guest.0.interrupts());
         guest.end();
     }

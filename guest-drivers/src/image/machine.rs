@@ -12,14 +12,18 @@ use guest_drivers::memory::{PAGE, Pages};
 use guest_drivers::platform::{Message, Platform, PlatformCounters, PortWrite, Ports};
 use vmbus::client::HvStatus;
 
-use super::supervisor::{self, ISA_VECTOR, SINT_VECTOR};
+use super::supervisor::{self, ISA_VECTOR, SINT_VECTOR, TICK_VECTOR};
 use super::tables::symbol;
 use super::{area, console, team};
 
 /// Synthetic registers (TLFS, "Synthetic MSRs").
 mod msr {
-    /// The local APIC's entry for the interrupts of the PICs (SDM volume 3, 11.12.1.2).
+    // The local APIC's registers (SDM volume 3, 11.12.1.2): the entries for its timer and for the
+    // interrupts of the PICs; what the timer counts down from, and how fast.
+    pub(super) const LVT_TIMER: u32 = 0x832;
     pub(super) const LVT_LINT0: u32 = 0x835;
+    pub(super) const TIMER_COUNT: u32 = 0x838;
+    pub(super) const TIMER_DIVIDE: u32 = 0x83e;
 
     pub(super) const GUEST_OS_ID: u32 = 0x4000_0000;
     pub(super) const HYPERCALL: u32 = 0x4000_0001;
@@ -33,6 +37,14 @@ mod msr {
 
 /// An open-source system (bit 63) of a kind that has no number.
 const GUEST_OS_ID: u64 = 1 << 63 | 0x7f << 56;
+
+/// A tick that ends every sleep in the end: whoever waits for a device in vain finds out by the clock.
+mod timer {
+    pub(super) const DIVIDE_BY_128: u64 = 0b1010;
+    pub(super) const PERIODIC: u64 = 1 << 17;
+    /// About a second, at the 1 GHz of hypervisors' local APICs.
+    pub(super) const COUNT: u64 = 1_000_000_000 / 128;
+}
 
 /// The SINT of the VMBus.
 const SINT: u32 = 2;
@@ -95,8 +107,11 @@ impl Machine {
             (msr::SIEFP, events | 1),
             (msr::SCONTROL, 1),
             (msr::SINT0 + SINT, SINT_VECTOR.into()),
+            (msr::TIMER_DIVIDE, timer::DIVIDE_BY_128),
+            (msr::LVT_TIMER, timer::PERIODIC | u64::from(TICK_VECTOR)),
+            (msr::TIMER_COUNT, timer::COUNT),
         ] {
-            // SAFETY: the pages are there for just that.
+            // SAFETY: the pages are there for just that, and the timer interrupts.
             unsafe { supervisor::write_msr(register, value) };
         }
 

@@ -29,6 +29,8 @@ const TSS: u16 = 0x28;
 pub(crate) const SINT_VECTOR: u8 = 0x30;
 /// The vector of all ISA interrupts that are listened for.
 pub(crate) const ISA_VECTOR: u8 = 0x31;
+/// The vector of the local APIC's timer.
+pub(crate) const TICK_VECTOR: u8 = 0x32;
 /// The local APIC's vector for interrupts that went away; its low four bits are ones.
 pub(crate) const SPURIOUS_VECTOR: u8 = 0x3f;
 
@@ -196,6 +198,7 @@ supervisor_interrupt:
     mov rax, rsp
     and rax, -{area}
     inc qword ptr [rax + {interrupts}]
+supervisor_end_interrupt:
     mov ecx, 0x80b
     xor eax, eax
     xor edx, edx
@@ -205,6 +208,13 @@ supervisor_interrupt:
     pop rax
 supervisor_spurious:
     iretq
+
+    # The timer's does not count: nobody has anything to say.
+supervisor_tick:
+    push rax
+    push rcx
+    push rdx
+    jmp supervisor_end_interrupt
 
     # Exceptions: vector and error code on the stack, sixteen bytes of code for each.
     .balign 16

@@ -9,7 +9,7 @@ use core::cell::UnsafeCell;
 use guest_drivers::boot::MAX_VPS;
 
 use super::area;
-use super::supervisor::{CODE0, ISA_VECTOR, SINT_VECTOR, SPURIOUS_VECTOR};
+use super::supervisor::{CODE0, ISA_VECTOR, SINT_VECTOR, SPURIOUS_VECTOR, TICK_VECTOR};
 
 /// Gates: the exceptions, and vectors up to the spurious interrupt's.
 pub(super) const GATES: usize = SPURIOUS_VECTOR as usize + 1;
@@ -67,6 +67,7 @@ pub(crate) fn fill() {
             _ if [SINT_VECTOR, ISA_VECTOR].map(u64::from).contains(&vector) => {
                 gate(symbol!("supervisor_interrupt"), 0, 1)
             }
+            _ if vector == u64::from(TICK_VECTOR) => gate(symbol!("supervisor_tick"), 0, 1),
             _ => gate(symbol!("supervisor_spurious"), 0, 1),
         };
     }

@@ -8,8 +8,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::VolatileSlice;
 
@@ -177,8 +178,21 @@ impl Processor {
     /// `hlt`: sleeps until there is an interrupt. Returns at once if there was one since the last
     /// time.
     pub fn halt(&self) {
+        self.wait_for_interrupt(None);
+    }
+
+    /// `hlt` with a timer set: sleeps until there is an interrupt, but no longer than that.
+    pub fn halt_for(&self, limit: Duration) {
+        let seconds = i64::try_from(limit.as_secs()).unwrap_or(i64::MAX);
+        self.wait_for_interrupt(Some(Timespec {
+            tv_sec: seconds,
+            tv_nsec: limit.subsec_nanos().into(),
+        }));
+    }
+
+    fn wait_for_interrupt(&self, limit: Option<Timespec>) {
         let mut fds = [PollFd::new(&self.interrupt, PollFlags::IN)];
-        while poll(&mut fds, None) == Err(rustix::io::Errno::INTR) {}
+        while poll(&mut fds, limit.as_ref()) == Err(rustix::io::Errno::INTR) {}
         let mut count = [0; 8];
         if rustix::io::read(&self.interrupt, &mut count).is_ok() {
             self.interrupts.set(self.interrupts.get().saturating_add(u64::from_ne_bytes(count)));
@@ -193,7 +207,7 @@ impl Processor {
     /// Hears what the root has to say already.
     fn hear(&self) {
         let mut fds = [PollFd::from_borrowed_fd(socket(), PollFlags::IN)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         while poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
             self.obey();
         }
