@@ -47,6 +47,11 @@ fn storvsc_completions() {
 }
 
 #[test]
+fn ata_answers() {
+    replay("ata_answers", guest_drivers::fuzzing::fuzz_ide);
+}
+
+#[test]
 fn hosted_intercepts() {
     replay("hosted_intercepts", hypervisor::hosted::fuzzing::fuzz_intercepts);
 }

@@ -21,6 +21,8 @@ extern crate std;
 pub mod block;
 pub mod boot;
 pub mod bus;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod ide;
 pub mod json;
 pub mod memory;
