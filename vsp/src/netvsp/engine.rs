@@ -313,10 +313,8 @@ impl Engine {
             Step::SendBuffer(layout) => {
                 let _ = self.session.send.set(Send { memory: shared(layout.gpadl), layout });
             }
-            Step::RevokeReceive => {
-                self.session.revoke();
-                self.recall(uring);
-            }
+            // Each worker takes its slots back with its next turn.
+            Step::RevokeReceive => self.session.revoke(),
             // What still lies there has been taken before.
             Step::RevokeSend => {}
             Step::Subchannels(count) => channel.offer_subchannels(count),
@@ -458,6 +456,10 @@ impl Engine {
         let (Some(queue), Some(receive)) = (&mut self.queue, self.session.receive.get()) else {
             return;
         };
+        if self.session.is_revoked() && !self.closing {
+            self.closing = true;
+            queue.recall(uring, &mut self.done);
+        }
         if self.coalescing != self.session.is_coalescing() {
             // What lies with the network is of the wrong size.
             self.coalescing = !self.coalescing;
@@ -473,7 +475,6 @@ impl Engine {
         };
         let kept = if self.primary.is_some() { CONTROL_SLOTS } else { 0 };
         while !self.closing
-            && !self.session.is_revoked()
             && self.slots.free() >= parts + kept
             && let Some(index) = self.free_offers.last().copied()
             && let Some(offer) = self.offers.get_mut(usize::from(index))

@@ -169,18 +169,25 @@ pub(super) fn prepare_later(len: u32, last: bool) -> Option<Inbound> {
 
 /// What is known of a frame's checksums. `frame` is its front, without a tag.
 fn checksum(checksum: Checksum, frame: &[u8]) -> Option<ReceiveChecksum> {
-    if checksum == Checksum::Unknown {
-        return None;
-    }
-    let protocol = match frame.get(ADDRESSES..ADDRESSES + 2)? {
-        [0x08, 0x00] => *frame.get(ETHERNET_HEADER + 9)?,
-        [0x86, 0xDD] => *frame.get(ETHERNET_HEADER + 6)?,
-        _ => return None,
-    };
-    match protocol {
-        6 => Some(ReceiveChecksum(ReceiveChecksum::TCP_SUCCEEDED)),
-        17 => Some(ReceiveChecksum(ReceiveChecksum::UDP_SUCCEEDED)),
-        _ => None,
+    let tcp = Some(ReceiveChecksum(ReceiveChecksum::TCP_SUCCEEDED));
+    let udp = Some(ReceiveChecksum(ReceiveChecksum::UDP_SUCCEEDED));
+    match checksum {
+        Checksum::Unknown => None,
+        // Where it would go says whose it is, whatever headers are in between.
+        Checksum::Partial { offset: 6, .. } => udp,
+        Checksum::Partial { .. } => tcp,
+        Checksum::Valid => {
+            let protocol = match frame.get(ADDRESSES..ADDRESSES + 2)? {
+                [0x08, 0x00] => *frame.get(ETHERNET_HEADER + 9)?,
+                [0x86, 0xDD] => *frame.get(ETHERNET_HEADER + 6)?,
+                _ => return None,
+            };
+            match protocol {
+                6 => tcp,
+                17 => udp,
+                _ => None,
+            }
+        }
     }
 }
 
@@ -299,6 +306,11 @@ mod tests {
         assert_eq!(valid(Checksum::Valid, &v4), []);
         let v6 = [0x86, 0xDD, 0x60, 0, 0, 0, 0, 0, 17];
         assert_eq!(valid(Checksum::Valid, &v6), [udp]);
+        // Behind an extension header.
+        let v6 = [0x86, 0xDD, 0x60, 0, 0, 0, 0, 0, 43];
+        assert_eq!(valid(Checksum::Valid, &v6), []);
+        assert_eq!(valid(Checksum::Partial { start: 62, offset: 6 }, &v6), [udp]);
+        assert_eq!(valid(partial, &v6), [tcp]);
     }
 
     proptest! {
