@@ -95,3 +95,8 @@ fn rndis_control() {
 fn rndis_data() {
     replay("rndis_data", vsp::fuzzing::fuzz_rndis_data);
 }
+
+#[test]
+fn switch_frames() {
+    replay("switch_frames", backends::net::fuzzing::fuzz_switch);
+}

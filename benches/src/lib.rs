@@ -4,6 +4,7 @@
 //! - [`ring`]: packets a second through one ring.
 //! - [`rig`]: storvsc against storvsp over any disk; a worker thread on one side, the caller on the
 //!   other.
+//! - [`wire`]: frames from one port of the virtual switch to another.
 //! - [`fio`]: the same reads by fio, for comparison.
 //!
 //! `cargo bench -p benches` runs the small ones under criterion; the program `storage` does the
@@ -13,6 +14,7 @@ pub mod fio;
 pub mod rig;
 pub mod ring;
 pub mod stats;
+pub mod wire;
 
 use std::time::Duration;
 

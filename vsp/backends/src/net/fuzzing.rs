@@ -1,0 +1,82 @@
+//! What the fuzzers feed to this room.
+#![allow(unsafe_code)]
+
+use super::offload::VirtioNetHeader;
+use super::switch::vlan::PortVlan;
+use super::switch::{PortOptions, Switch, SwitchOptions};
+use super::{Completion, Completions, Frame, Network, Offload, Offloads, QueueConfig};
+use crate::uring::{Tag, Uring};
+use zerocopy::FromBytes;
+
+/// Bytes of a buffer for a frame that leaves.
+const ROOM: usize = 2048;
+
+/// Frames to a virtual switch, each in the input as its length (two bytes, the lowest first), the
+/// header of a virtio-net device, and its bytes. Every frame has to end once; what leaves has to fit
+/// its buffer, and a port that takes no offloads gets none.
+///
+/// # Panics
+/// If the switch does not keep that.
+pub fn fuzz_switch(input: &[u8]) {
+    let Ok(mut uring) = Uring::new(8) else { return };
+    let switch = Switch::new(SwitchOptions::new("fuzz"));
+    let vlans = [PortVlan::default(), PortVlan::Access(1), PortVlan::default()];
+    let ports: Vec<_> = vlans
+        .into_iter()
+        .filter_map(|vlan| switch.port(PortOptions { vlan, isolated: false }).ok())
+        .collect();
+    if let Some(port) = ports.last() {
+        let _ = port.set_receive_offloads(Offloads::ALL);
+    }
+    let config = |tag| QueueConfig { index: 0, tag: Tag(tag), sends: 4, receives: 4 };
+    let mut queues: Vec<_> = (1..)
+        .zip(&ports)
+        .filter_map(|(tag, port)| port.queue(config(tag), &mut uring).ok())
+        .collect();
+    let mut buffers = vec![[0u8; ROOM]; 4];
+    let mut done = Completions::with_capacity(16);
+    let mut rest = input;
+    while let Some((len, after)) = rest.split_first_chunk::<2>() {
+        let len = usize::from(u16::from_le_bytes(*len));
+        let Ok((header, after)) = VirtioNetHeader::read_from_prefix(after) else { return };
+        let (bytes, after) = after.split_at(len.min(after.len()));
+        rest = after;
+        let Ok(offload) = Offload::try_from(header) else { continue };
+        let mut bytes = bytes.to_vec();
+        let frame = Frame {
+            id: 9,
+            len: bytes.len() as u32,
+            buffers: &[bytes.as_mut_slice().into()],
+            offload,
+        };
+        let Some((sender, receivers)) = queues.split_first_mut() else { return };
+        // SAFETY: a switch has read a frame when the call returns.
+        unsafe { sender.send(frame, &mut uring, &mut done) };
+        assert!(matches!(done.pop(), Some(Completion::Sent { id: 9, .. })));
+        sender.turn(&mut uring, &mut done);
+        for (at, receiver) in receivers.iter_mut().enumerate() {
+            for _ in 0..400 {
+                for (id, buffer) in (0..).zip(&mut buffers) {
+                    // SAFETY: the buffers are recalled below.
+                    unsafe {
+                        receiver.offer(id, &[buffer.as_mut_slice().into()], &mut uring, &mut done);
+                    }
+                }
+                receiver.turn(&mut uring, &mut done);
+                receiver.recall(&mut uring, &mut done);
+                let mut received = 0;
+                while let Some(completion) = done.pop() {
+                    if let Completion::Received { len, offload, .. } = completion {
+                        assert!(len as usize <= ROOM && offload.fits(len as usize));
+                        assert!(at > 0 || offload.needs() == Offloads::NONE);
+                        received += 1;
+                    }
+                }
+                assert_eq!(receiver.in_flight(), 0);
+                if received < buffers.len() {
+                    break;
+                }
+            }
+        }
+    }
+}
