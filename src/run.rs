@@ -52,7 +52,7 @@ The WORK of the built-in guest is tasks, parted by semicolons; each prints a lin
   verify   [disk=N] [bytes=16M] [bs=64k] [depth=8] [seed=N] [vps=1]    overwrites the disk
   bench    [disk=N] [pattern=rand|seq] [rw=read|write] [bs=4k] [depth=1] [time=1s] [spin=100us]
            [vps=1]
-  checksum [disk=N] [bytes=16M] [bs=64k] [depth=8]
+  checksum [disk=N] [bytes=16M] [bs=64k] [depth=8] [vps=1]
 Disks are counted from 0: synthetic ones by controller and LUN, then those on IDE channels, which
 also take transfer=dma|pio. rw=write overwrites the disk. vps=N has N of the --cpus share the work,
 each with depth requests in flight on a channel of its own.")]

@@ -19,6 +19,7 @@ mod verify;
 
 use core::fmt::Display;
 
+use parts::Seat;
 use thiserror::Error;
 use vmbus::protocol::Relid;
 use vmbus::vstor::SCSI_CLASS;
@@ -185,19 +186,19 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
             }
             Work::Verify(verify) => {
                 disks.with(verify.disk, verify.transfer, |disk| {
-                    tell(platform, verify.run(platform, disk, memory)?);
+                    tell(platform, verify.run(Seat::new(platform, disk, memory))?);
                     Ok(())
                 })?;
             }
             Work::Checksum(checksum) => {
                 disks.with(checksum.disk, checksum.transfer, |disk| {
-                    tell(platform, checksum.run(platform, disk, memory)?);
+                    tell(platform, checksum.run(Seat::new(platform, disk, memory))?);
                     Ok(())
                 })?;
             }
             Work::Bench(bench) => {
                 disks.with(bench.disk, bench.transfer, |disk| {
-                    tell(platform, bench.run(platform, disk, memory)?);
+                    tell(platform, bench.run(Seat::new(platform, disk, memory))?);
                     Ok(())
                 })?;
             }

@@ -64,6 +64,8 @@ pub struct Checksum {
     pub depth: u16,
     /// How an IDE disk's data goes.
     pub transfer: Option<Transfer>,
+    /// Processors that share the work, each with so many requests in flight.
+    pub vps: u16,
 }
 
 /// Settings of `bench`.
@@ -162,7 +164,7 @@ pub enum WorkError<'a> {
 }
 
 const VERIFY_KEYS: &str = "disk, transfer, bytes, bs, depth, seed, vps";
-const CHECKSUM_KEYS: &str = "disk, transfer, bytes, bs, depth";
+const CHECKSUM_KEYS: &str = "disk, transfer, bytes, bs, depth, vps";
 const BENCH_KEYS: &str = "disk, transfer, pattern, rw, bs, depth, time, spin, vps";
 
 /// The tasks of `line`, in order.
@@ -234,7 +236,7 @@ fn checksum<'a>(
     settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
 ) -> Result<Work, WorkError<'a>> {
     let mut checksum =
-        Checksum { disk: 0, bytes: 16 << 20, bs: 64 << 10, depth: 8, transfer: None };
+        Checksum { disk: 0, bytes: 16 << 20, bs: 64 << 10, depth: 8, transfer: None, vps: 1 };
     for setting in settings {
         let setting = setting?;
         match setting.key {
@@ -243,6 +245,7 @@ fn checksum<'a>(
             "bytes" => checksum.bytes = setting.bytes()?,
             "bs" => checksum.bs = setting.block()?,
             "depth" => checksum.depth = setting.depth()?,
+            "vps" => checksum.vps = setting.vps()?,
             _ => return Err(setting.unknown("checksum", CHECKSUM_KEYS)),
         }
     }
@@ -414,6 +417,7 @@ mod tests {
                     bs: 64 << 10,
                     depth: 8,
                     transfer: Some(Transfer::Pio),
+                    vps: 1,
                 }),
             ]
         );

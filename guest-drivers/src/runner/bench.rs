@@ -2,11 +2,10 @@
 
 use super::RunError;
 use super::flow::Flow;
-use super::parts::{Part, share};
+use super::parts::Seat;
 use super::random::Random;
-use crate::block::{BlockDriver, Operation};
+use crate::block::Operation;
 use crate::json::Object;
-use crate::memory::Pages;
 use crate::platform::Platform;
 use crate::work::{Bench, Direction, Pattern};
 
@@ -25,16 +24,9 @@ struct Figures {
 
 impl Bench {
     /// Measures, and says what came out.
-    pub(super) fn run<'w, P: Platform>(
-        &self,
-        platform: &P,
-        disk: &mut dyn BlockDriver<'w>,
-        memory: Pages<'w>,
-    ) -> Result<Object, RunError> {
-        let driver = disk.identity().driver;
-        let parts = share(self.vps, platform, disk, memory, |part, platform, disk, memory| {
-            self.measure(part, platform, disk, memory)
-        })?;
+    pub(super) fn run<P: Platform>(&self, seat: Seat<'_, '_, P>) -> Result<Object, RunError> {
+        let driver = seat.disk.identity().driver;
+        let parts = seat.share(self.vps, |seat| self.measure(seat))?;
         let all = parts.into_iter().flatten().fold(Figures::default(), Figures::and);
 
         let bytes = all.ios.saturating_mul(self.bs.into());
@@ -61,15 +53,10 @@ impl Bench {
     }
 
     /// One processor's part: in sequence, each begins at a place of its own.
-    fn measure<'w, P: Platform>(
-        &self,
-        part: Part,
-        platform: &P,
-        disk: &mut dyn BlockDriver<'w>,
-        memory: Pages<'w>,
-    ) -> Result<Figures, RunError> {
-        let (before, signals) = (platform.counters(), disk.counters().signals);
-        let mut flow = Flow::new(platform, disk, memory, self.bs, self.depth, self.spin)?;
+    fn measure<P: Platform>(&self, seat: Seat<'_, '_, P>) -> Result<Figures, RunError> {
+        let (platform, part) = (seat.platform, seat.part);
+        let (before, signals) = (platform.counters(), seat.disk.counters().signals);
+        let mut flow = Flow::new(seat, self.bs, self.depth, self.spin)?;
         let places = flow.places()?;
         let depth = flow.depth().into();
         let operation = match self.direction {
@@ -97,7 +84,7 @@ impl Bench {
             depth,
             nanoseconds,
             ios,
-            signals: disk.counters().signals - signals,
+            signals: flow.counters().signals - signals,
             interrupts: after.interrupts - before.interrupts,
             spun,
             halts: after.halts - before.halts,

@@ -4,9 +4,9 @@ use core::sync::atomic::Ordering;
 
 use super::RunError;
 use super::flow::Flow;
-use crate::block::{BlockDriver, Operation};
+use super::parts::Seat;
+use crate::block::Operation;
 use crate::json::Object;
-use crate::memory::Pages;
 use crate::platform::Platform;
 use crate::work::Checksum;
 
@@ -21,23 +21,45 @@ pub(super) fn summand(index: u64, word: u64) -> u64 {
     word.rotate_left(index as u32)
 }
 
+/// What a processor has found, or several together.
+#[derive(Clone, Copy, Debug, Default)]
+struct Figures {
+    depth: u32,
+    places: u64,
+    sum: u64,
+    /// Of the one that took longest.
+    nanoseconds: u64,
+}
+
 impl Checksum {
     /// Reads, adds, and says what came out.
-    pub(super) fn run<'w, P: Platform>(
-        &self,
-        platform: &P,
-        disk: &mut dyn BlockDriver<'w>,
-        memory: Pages<'w>,
-    ) -> Result<Object, RunError> {
-        let driver = disk.identity().driver;
-        let mut flow = Flow::new(platform, disk, memory, self.bs, self.depth, SPIN)?;
+    pub(super) fn run<P: Platform>(&self, seat: Seat<'_, '_, P>) -> Result<Object, RunError> {
+        let driver = seat.disk.identity().driver;
+        let parts = seat.share(self.vps, |seat| self.add(seat))?;
+        let all = parts.into_iter().flatten().fold(Figures::default(), Figures::and);
+        Ok(Object::default()
+            .string("result", "checksum")
+            .number("disk", self.disk)
+            .string("driver", driver)
+            .number("bytes", all.places.saturating_mul(self.bs.into()))
+            .number("bs", self.bs)
+            .number("depth", all.depth)
+            .number("vps", self.vps)
+            .string("checksum", format_args!("{:016x}", all.sum))
+            .number("read_nanoseconds", all.nanoseconds))
+    }
+
+    /// One processor's part.
+    fn add<P: Platform>(&self, seat: Seat<'_, '_, P>) -> Result<Figures, RunError> {
+        let platform = seat.platform;
+        let mut flow = Flow::new(seat, self.bs, self.depth, SPIN)?;
         let places = flow.places()?.min(self.bytes.div_ceil(self.bs.into()));
         let words = self.bs as usize / 8;
 
         let mut sum = 0_u64;
         let started = platform.now();
-        let mut places_left = 0..places;
-        flow.run(
+        let mut places_left = flow.own(places);
+        let places = flow.run(
             Operation::Read,
             |_| places_left.next(),
             |_, _| (),
@@ -48,15 +70,19 @@ impl Checksum {
                 Ok(())
             },
         )?;
-        let read = platform.now();
-        Ok(Object::default()
-            .string("result", "checksum")
-            .number("disk", self.disk)
-            .string("driver", driver)
-            .number("bytes", places.saturating_mul(self.bs.into()))
-            .number("bs", self.bs)
-            .number("depth", flow.depth())
-            .string("checksum", format_args!("{sum:016x}"))
-            .number("read_nanoseconds", read.saturating_sub(started)))
+        let nanoseconds = platform.now().saturating_sub(started);
+        Ok(Figures { depth: flow.depth().into(), places, sum, nanoseconds })
+    }
+}
+
+impl Figures {
+    /// Both processors' together.
+    fn and(self, other: Self) -> Self {
+        Self {
+            depth: self.depth + other.depth,
+            places: self.places + other.places,
+            sum: self.sum.wrapping_add(other.sum),
+            nanoseconds: self.nanoseconds.max(other.nanoseconds),
+        }
     }
 }

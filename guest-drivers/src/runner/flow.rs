@@ -1,23 +1,23 @@
 //! Requests of one size, so many in flight at a time.
 
 use core::hint::spin_loop;
+use core::iter::StepBy;
+use core::ops::Range;
 
 use vsc::storvsc::Fault;
 
 use super::RunError;
-use crate::block::{BlockDriver, BlockError, Completion, Operation, Request};
+use super::parts::{Part, Seat};
+use crate::block::{BlockCounters, BlockError, Completion, Operation, Request};
 use crate::memory::{PAGE, Pages};
 use crate::platform::Platform;
 
 /// How long the disk may take for any answer, in nanoseconds.
 const PATIENCE: u64 = 60_000_000_000;
 
-/// Requests, their memory, and the disk they go to.
-pub(super) struct Flow<'a, 'w, P> {
-    platform: &'a P,
-    disk: &'a mut dyn BlockDriver<'w>,
-    /// One buffer for each request.
-    memory: Pages<'w>,
+/// Requests, and the seat from which they are made; its memory has one buffer for each.
+pub(super) struct Flow<'s, 'w, P> {
+    seat: Seat<'s, 'w, P>,
     bs: u32,
     depth: u16,
     /// How long to look for an answer before sleeping, in nanoseconds.
@@ -30,16 +30,15 @@ pub(super) struct Flow<'a, 'w, P> {
     spun: u64,
 }
 
-impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
+impl<'s, 'w, P: Platform> Flow<'s, 'w, P> {
     /// Requests of `bs` bytes, `depth` of them at a time or as many as the driver takes.
     pub(super) fn new(
-        platform: &'a P,
-        disk: &'a mut dyn BlockDriver<'w>,
-        memory: Pages<'w>,
+        seat: Seat<'s, 'w, P>,
         bs: u32,
         depth: u16,
         spin: u64,
     ) -> Result<Self, RunError> {
+        let Seat { disk, memory, .. } = &seat;
         let identity = *disk.identity();
         if !bs.is_multiple_of(identity.block_size) || bs > identity.max_transfer {
             let (block_size, max_transfer) = (identity.block_size, identity.max_transfer);
@@ -50,14 +49,26 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
         let (memory, _) = memory.split(needed).ok_or(RunError::Memory { needed, available })?;
         let free = u64::MAX >> (64 - u32::from(depth));
         let spin = if disk.looks_cost() { 0 } else { spin };
-        Ok(Self { platform, disk, memory, bs, depth, spin, places: [0; 64], free, spun: 0 })
+        let seat = Seat { memory, ..seat };
+        Ok(Self { seat, bs, depth, spin, places: [0; 64], free, spun: 0 })
     }
 
     /// How many places of a request's size the disk has.
     pub(super) fn places(&self) -> Result<u64, RunError> {
-        let bytes = self.disk.identity().bytes();
+        let bytes = self.seat.disk.identity().bytes();
         let places = bytes / u64::from(self.bs);
         if places == 0 { Err(RunError::Small(bytes)) } else { Ok(places) }
+    }
+
+    /// Those of the first `places` that are this processor's: each so-manyth.
+    pub(super) fn own(&self, places: u64) -> StepBy<Range<u64>> {
+        let Part { index, of } = self.seat.part;
+        (index as u64..places).step_by(of)
+    }
+
+    /// What the driver has counted.
+    pub(super) fn counters(&self) -> BlockCounters {
+        self.seat.disk.counters()
     }
 
     /// Requests in flight at a time.
@@ -80,16 +91,16 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
         mut prepare: impl FnMut(Pages<'w>, u64),
         mut ended: impl FnMut(Pages<'w>, u64) -> Result<(), RunError>,
     ) -> Result<u64, RunError> {
-        let blocks = self.bs / self.disk.identity().block_size;
+        let blocks = self.bs / self.seat.disk.identity().block_size;
         let block_of = |place: u64| place.saturating_mul(blocks.into());
         let name = if operation == Operation::Write { "write" } else { "read" };
         let all = self.free;
         let (mut more, mut count) = (true, 0);
-        let mut active = self.platform.now();
+        let mut active = self.seat.platform.now();
         let mut answered = active;
         let mut spinning = false;
         loop {
-            let now = self.platform.now();
+            let now = self.seat.platform.now();
             while more && self.free != 0 {
                 let Some(place) = next(now) else {
                     more = false;
@@ -100,13 +111,13 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
                 prepare(data, place);
                 let block = block_of(place);
                 let request = Request { slot, operation, block, blocks, data: Some(data) };
-                self.disk.submit(&request)?;
+                self.seat.disk.submit(&request)?;
                 self.free &= !(1 << slot);
                 if let Some(of_slot) = self.places.get_mut(usize::from(slot)) {
                     *of_slot = place;
                 }
             }
-            self.disk.publish();
+            self.seat.disk.publish();
             if self.free == all {
                 return Ok(count);
             }
@@ -114,7 +125,7 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
             let mut done = 0_u64;
             let mut failed = None;
             let (free, bs) = (self.free, self.bs);
-            let taken = self.disk.poll(&mut |Completion { slot, outcome }| {
+            let taken = self.seat.disk.poll(&mut |Completion { slot, outcome }| {
                 let place = self.places.get(usize::from(slot)).copied().unwrap_or(0);
                 let block = block_of(place);
                 let error = match outcome {
@@ -151,8 +162,8 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
                 spinning = true;
             } else {
                 spinning = false;
-                self.disk.sleep();
-                active = self.platform.now();
+                self.seat.disk.sleep();
+                active = self.seat.platform.now();
             }
         }
     }
@@ -160,16 +171,16 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
     /// Makes what was written permanent.
     pub(super) fn flush(&mut self) -> Result<(), RunError> {
         let operation = Operation::Flush;
-        self.disk.submit(&Request { slot: 0, operation, block: 0, blocks: 0, data: None })?;
-        self.disk.publish();
+        self.seat.disk.submit(&Request { slot: 0, operation, block: 0, blocks: 0, data: None })?;
+        self.seat.disk.publish();
         let mut outcome = None;
-        let until = self.platform.now().saturating_add(PATIENCE);
+        let until = self.seat.platform.now().saturating_add(PATIENCE);
         while outcome.is_none() {
-            if self.platform.now() > until {
+            if self.seat.platform.now() > until {
                 return Err(BlockError::from(Fault::TimedOut).into());
             }
-            if self.disk.poll(&mut |completion| outcome = Some(completion.outcome))? == 0 {
-                self.disk.sleep();
+            if self.seat.disk.poll(&mut |completion| outcome = Some(completion.outcome))? == 0 {
+                self.seat.disk.sleep();
             }
         }
         match outcome {
@@ -180,8 +191,9 @@ impl<'a, 'w, P: Platform> Flow<'a, 'w, P> {
 
     /// The memory of the request in `slot`.
     fn buffer(&self, slot: u16) -> Result<Pages<'w>, RunError> {
-        let (needed, available) = (pages_of(self.bs), self.memory.count());
-        self.memory
+        let (needed, available) = (pages_of(self.bs), self.seat.memory.count());
+        self.seat
+            .memory
             .split(needed * usize::from(slot))
             .and_then(|(_, rest)| rest.split(needed))
             .map(|(buffer, _)| buffer)

@@ -8,11 +8,10 @@ use core::sync::atomic::Ordering;
 use super::RunError;
 use super::checksum::summand;
 use super::flow::Flow;
-use super::parts::{Part, share};
+use super::parts::Seat;
 use super::random::mixed;
-use crate::block::{BlockDriver, Operation};
+use crate::block::Operation;
 use crate::json::Object;
-use crate::memory::Pages;
 use crate::platform::Platform;
 use crate::work::Verify;
 
@@ -32,16 +31,9 @@ struct Figures {
 
 impl Verify {
     /// Writes, reads back, compares, and says so.
-    pub(super) fn run<'w, P: Platform>(
-        &self,
-        platform: &P,
-        disk: &mut dyn BlockDriver<'w>,
-        memory: Pages<'w>,
-    ) -> Result<Object, RunError> {
-        let driver = disk.identity().driver;
-        let parts = share(self.vps, platform, disk, memory, |part, platform, disk, memory| {
-            self.verify(part, platform, disk, memory)
-        })?;
+    pub(super) fn run<P: Platform>(&self, seat: Seat<'_, '_, P>) -> Result<Object, RunError> {
+        let driver = seat.disk.identity().driver;
+        let parts = seat.share(self.vps, |seat| self.verify(seat))?;
         let all = parts.into_iter().flatten().fold(Figures::default(), Figures::and);
         Ok(Object::default()
             .string("result", "verify")
@@ -57,14 +49,9 @@ impl Verify {
     }
 
     /// One processor's part: of so many places, each so-manyth.
-    fn verify<'w, P: Platform>(
-        &self,
-        part: Part,
-        platform: &P,
-        disk: &mut dyn BlockDriver<'w>,
-        memory: Pages<'w>,
-    ) -> Result<Figures, RunError> {
-        let mut flow = Flow::new(platform, disk, memory, self.bs, self.depth, SPIN)?;
+    fn verify<P: Platform>(&self, seat: Seat<'_, '_, P>) -> Result<Figures, RunError> {
+        let platform = seat.platform;
+        let mut flow = Flow::new(seat, self.bs, self.depth, SPIN)?;
         let places = flow.places()?.min(self.bytes.div_ceil(self.bs.into()));
         let words = u64::from(self.bs / 8);
         let pattern = |place: u64| {
@@ -73,7 +60,7 @@ impl Verify {
         };
 
         let started = platform.now();
-        let mut places_left = (part.index as u64..places).step_by(part.of);
+        let mut places_left = flow.own(places);
         flow.run(
             Operation::Write,
             |_| places_left.next(),
@@ -88,7 +75,7 @@ impl Verify {
         let written = platform.now();
 
         let mut checksum = 0_u64;
-        let mut places_left = (part.index as u64..places).step_by(part.of);
+        let mut places_left = flow.own(places);
         let done = flow.run(
             Operation::Read,
             |_| places_left.next(),
