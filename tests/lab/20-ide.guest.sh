@@ -17,16 +17,7 @@ hdparm -I "$first"
 smartctl -i -H "$first"
 smartctl -x "$first"
 echo "smartctl: $?"
-mkfs.ext4 -q -F "$first"
-mkdir -p /mnt
-mount -t ext4 "$first" /mnt
-for i in $(seq 8); do
-    head -c $((i * 77777)) /dev/urandom >/mnt/$i
-done
-sync
-echo 3 >/proc/sys/vm/drop_caches
-(cd /mnt && sha256sum [0-9]* | sed 's/^/sum: /')
-umount /mnt
+filled "$first" 8
 for bs in 4k 128k; do
     fio --name=v --filename="$second" --ioengine=libaio --direct=1 --iodepth=4 --rw=randrw --bs=$bs \
         --size=4M --verify=crc32c --verify_fatal=1 --do_verify=1 --output-format=terse \

@@ -20,16 +20,7 @@ ata=$(by ata) storvsc=$(by storvsc)
 echo "dmi: $(cat /sys/class/dmi/id/sys_vendor) / $(cat /sys/class/dmi/id/product_name)"
 echo "disks: $(ls -d /sys/block/sd* | wc -l), ata ${ata:-none}, storvsc ${storvsc:-none}"
 disk=${ata:-$storvsc}
-mkfs.ext4 -q -F "$disk"
-mkdir -p /mnt
-mount -t ext4 "$disk" /mnt
-for i in $(seq 4); do
-    head -c $((i * 77777)) /dev/urandom >/mnt/$i
-done
-sync
-echo 3 >/proc/sys/vm/drop_caches
-(cd /mnt && sha256sum [0-9]* | sed 's/^/sum: /')
-umount /mnt
+filled "$disk" 4
 scsi=$(by scsi)
 [ -z "$scsi" ] || echo "scsi: $(cat "/sys/block/${scsi#/dev/}/size")"
 if [ "$ata" ]; then

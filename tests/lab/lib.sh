@@ -25,7 +25,8 @@ fail() {
 guest() {
     kernel=$1 script=$2
     shift 2
-    with-script "$script" initrd
+    cat "$here/lib.guest.sh" "$script" >script
+    with-script script initrd
     {
         rc=0
         # shellcheck disable=SC2086

@@ -159,7 +159,7 @@ fn list(folder: &PathBuf) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in entries {
         let file = entry?.file_name().to_string_lossy().into_owned();
-        // lib.sh and NAME.guest.sh are no tests; a test begins with its number.
+        // lib.sh, lib.guest.sh and NAME.guest.sh are no tests; a test begins with its number.
         if let Some(name) = file.strip_suffix(".sh")
             && name.starts_with(|first: char| first.is_ascii_digit())
             && !name.ends_with(".guest")
