@@ -9,6 +9,7 @@
 mod cpuid;
 mod deferred;
 mod irq;
+mod kick;
 mod split;
 mod stats;
 mod string_out;
@@ -378,10 +379,10 @@ impl Partition for KvmPartition {
 /// Gets every processor out of KVM and waits for its thread to end.
 ///
 /// Each looks at the stop handle after every exit. The signal makes one that sleeps in KVM, or is
-/// about to enter it, come out ([`vp`] says how none is missed).
+/// about to enter it, come out ([`kick`] says how none is missed).
 fn stop_all(threads: Vec<JoinHandle<()>>) {
     for thread in &threads {
-        thread.kill(vp::kick_signal()).expect("the signal exists, and the thread is not joined");
+        thread.kill(kick::signal()).expect("the signal exists, and the thread is not joined");
     }
     for thread in threads {
         if thread.join().is_err() {

@@ -17,7 +17,7 @@ use kvm_ioctls::VmFd;
 
 use super::call;
 use super::irq::{IOAPIC_PINS, Routes};
-use super::vp::Kick;
+use super::kick::Kick;
 use crate::interrupts::{InterruptController, InterruptMessage, LocalApics};
 use crate::{InterruptLine, PartitionError, StopHandle, StopReason};
 

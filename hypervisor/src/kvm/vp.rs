@@ -1,17 +1,13 @@
 //! A virtual processor: its state at power-on, and the loop that runs it and answers its exits.
 //!
-//! To get a processor out of KVM, set what it shall see and send its thread [`kick_signal`]. The
-//! handler runs on that thread and sets `immediate_exit` in the processor's page, so the signal
-//! works at any time: in KVM it interrupts; before KVM it makes the next entry return at once;
-//! after KVM the loop looks at the stop handle anyway. The first processor is got out in the same way
-//! for the interrupt of a PIC that is not KVM's ([`Kick`]).
+//! Before each entry the loop looks whether the run is to end, and the first processor whether a PIC
+//! that is not KVM's has an interrupt; [`kick`] gets it there.
 
-#![allow(unsafe_code)] // kvm_run is a union, and the signal handler writes into it by pointer.
+#![allow(unsafe_code)] // kvm_run is a union, and KVM has ioctls that nobody has wrapped.
 
-use std::cell::Cell;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
-use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
@@ -23,7 +19,6 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
-use vmm_sys_util::signal::register_signal_handler;
 
 use super::cpuid::{self, HostFeatures};
 use super::deferred::DeferredWrites;
@@ -32,7 +27,7 @@ use super::stats::KernelCounters;
 use super::string_out::StringOut;
 use super::synic::KvmSynic;
 use super::user::UserVp;
-use super::{HyperV, call};
+use super::{HyperV, call, kick};
 use crate::hypercall::Hypercall;
 use crate::hypercall::page::{DOORBELL_PORT, HYPERCALL_PORT};
 use crate::interrupts::InterruptController;
@@ -46,61 +41,6 @@ use crate::{
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
-
-/// The signal that gets a processor out of KVM: the first real-time signal that libc leaves us.
-pub(super) fn kick_signal() -> i32 {
-    vmm_sys_util::signal::SIGRTMIN()
-}
-
-thread_local! {
-    /// The `immediate_exit` of the processor that runs on this thread.
-    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
-}
-
-extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let pointer = IMMEDIATE_EXIT.get();
-    if !pointer.is_null() {
-        // SAFETY: the thread sets the pointer to a byte of a page that it keeps mapped until it
-        // has set it back to null.
-        unsafe { pointer.write_volatile(1) };
-    }
-}
-
-fn install_kick_handler() -> Result<(), PartitionError> {
-    static INSTALL: Once = Once::new();
-    let mut result = Ok(());
-    INSTALL.call_once(|| {
-        result = register_signal_handler(kick_signal(), on_kick);
-    });
-    result.map_err(call("cannot install a signal handler"))
-}
-
-/// Gets one processor out of KVM, from any thread, as long as that runs.
-#[derive(Default)]
-pub(super) struct Kick(Mutex<Option<libc::pthread_t>>);
-
-impl Kick {
-    fn set(&self, thread: Option<libc::pthread_t>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = thread;
-    }
-
-    /// Makes the processor look at what has changed before it enters the guest again. Its own thread
-    /// does so anyway.
-    pub(super) fn kick(&self) {
-        let thread = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(thread) = *thread
-            && thread != current_thread()
-        {
-            // SAFETY: the thread has not ended: before it does, it waits for the lock.
-            unsafe { libc::pthread_kill(thread, kick_signal()) };
-        }
-    }
-}
-
-fn current_thread() -> libc::pthread_t {
-    // SAFETY: it only tells a number.
-    unsafe { libc::pthread_self() }
-}
 
 /// What surrounds a processor.
 pub(super) struct Environment {
@@ -153,9 +93,9 @@ struct RunGuard {
 impl Drop for RunGuard {
     fn drop(&mut self) {
         if let Some(pics) = &self.pics {
-            pics.first().set(None);
+            pics.first().end();
         }
-        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+        kick::set_immediate_exit(std::ptr::null_mut());
         if std::thread::panicking() {
             self.stop.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
         }
@@ -174,7 +114,7 @@ impl Vp {
         vm: &VmFd,
         environment: Environment,
     ) -> Result<Self, PartitionError> {
-        install_kick_handler()?;
+        kick::install_handler()?;
         let fd = vm
             .create_vcpu(environment.index.0.into())
             .map_err(call("cannot create a virtual processor"))?;
@@ -350,11 +290,11 @@ impl Vp {
 
     /// Runs until somebody stops the partition.
     pub(super) fn run(mut self, buses: &Buses, sink: &dyn MessageSink) {
-        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        kick::set_immediate_exit(&raw mut self.fd.get_kvm_run().immediate_exit);
         let split = self.controller.as_ref().map(|(split, _)| Arc::clone(split));
         let pics = split.filter(|_| self.has_pics());
         if let Some(pics) = &pics {
-            pics.first().set(Some(current_thread()));
+            pics.first().begin();
         }
         let _guard = RunGuard { stop: self.environment.stop.clone(), pics };
         while !self.environment.stop.is_stopping() {
