@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, StatxFlags};
 
 use super::queue::FileQueue;
 use crate::block::{Disk, Geometry, Queue, SECTOR};
@@ -183,7 +183,7 @@ impl FileDisk {
 
         let talents = match block_device {
             true => Talents::of_device(&opened),
-            false => Talents::of_file(&buffered, size),
+            false => Talents::of_file(&buffered, path, size, options.read_only),
         };
         let physical_block = match block_device {
             true => rustix::fs::ioctl_blkpbszget(&buffered).unwrap_or(SECTOR),
@@ -342,14 +342,20 @@ struct Talents {
 }
 
 impl Talents {
-    /// Found out by punching a hole behind the end of the file, where there is nothing.
-    fn of_file(file: &File, size: u64) -> Self {
-        let can = |flags: FallocateFlags| {
-            let flags = flags | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(file.as_fd(), flags, size, u64::from(SECTOR)).is_ok()
+    /// Found out by punching a hole into a file without a name beside the image. Where there can be
+    /// none, behind the image's own end, where nothing is; but that may be seen in its times.
+    fn of_file(file: &File, path: &Path, size: u64, read_only: bool) -> Self {
+        let punched = |file: &File, offset: u64| {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(file.as_fd(), flags, offset, u64::from(SECTOR)).is_ok()
         };
+        let punch_hole = !read_only
+            && match nameless_beside(file, path) {
+                Some(other) => punched(&other, 0),
+                None => punched(file, size),
+            };
         Self {
-            punch_hole: can(FallocateFlags::PUNCH_HOLE),
+            punch_hole,
             // Behind the end this would allocate, so it is only learnt from the first refusal.
             zero_range: true,
             granularity: rustix::fs::fstat(file)
@@ -377,6 +383,16 @@ impl Talents {
             rotational: ask("rotational") == Some(1),
         }
     }
+}
+
+/// A new file without a name in the file system that an image is in.
+fn nameless_beside(image: &File, path: &Path) -> Option<File> {
+    let path = path.canonicalize().ok()?;
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file =
+        rustix::fs::open(path.parent()?, flags, Mode::RUSR | Mode::WUSR).ok().map(File::from)?;
+    let same = image.metadata().ok()?.dev() == file.metadata().ok()?.dev();
+    same.then_some(file)
 }
 
 /// A block size a guest can be told: a power of two from a sector to what any disk has.
