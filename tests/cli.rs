@@ -2,6 +2,7 @@
 //! and creates or changes nothing.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -100,7 +101,28 @@ fn a_kernel_that_is_none() {
     assert!(line.contains("a 64-bit Linux bzImage or ELF vmlinux is needed"), "{line}");
     let line = refusal(&["run", "--kernel", &files.at("nowhere"), "--serial", &to_file]);
     assert!(line.contains("cannot read") && line.contains("nowhere"), "{line}");
-    assert!(!Path::new(&serial).exists(), "nothing is created");
+    // Nothing is created, and a disk that is all right is as it was.
+    assert!(!Path::new(&serial).exists());
+    let disk = files.at("good.img");
+    let before = fs::metadata(&disk).unwrap();
+    files.refused_disk(&format!("path={disk}"));
+    let after = fs::metadata(&disk).unwrap();
+    assert_eq!(after.modified().unwrap(), before.modified().unwrap());
+    assert_eq!((after.len(), after.blocks()), (before.len(), before.blocks()));
+}
+
+#[test]
+fn what_is_no_file_is_no_kernel_and_no_initrd() {
+    let files = Files::new();
+    let fifo = files.at("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR).unwrap();
+    for path in [&fifo, &files.at(".")] {
+        let line = refusal(&["run", "--kernel", path]);
+        assert_eq!(
+            line,
+            format!("{path} is no regular file, as a kernel and an initrd have to be")
+        );
+    }
 }
 
 #[test]
@@ -117,7 +139,9 @@ fn options() {
 
 #[test]
 fn help_has_examples() {
-    for arguments in [&["--help"][..], &["run", "--help"], &["doctor", "--help"]] {
+    for arguments in
+        [&["--help"][..], &["run", "--help"], &["demo", "--help"], &["doctor", "--help"]]
+    {
         let output = partita(arguments);
         assert!(output.status.success());
         let text = String::from_utf8(output.stdout).unwrap();
