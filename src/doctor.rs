@@ -228,11 +228,10 @@ fn hyper_v() -> Finding {
 
 fn irqchip() -> Finding {
     let subject = "irqchip";
-    let lacking = match kvm::open() {
-        Ok(kvm) => kvm::lacking_split(&kvm).map(str::to_owned),
-        Err(_) => Some("KVM".to_owned()),
+    let Ok(kvm) = kvm::open() else {
+        return Finding::lacking(Grade::Fair, subject, "unknown without KVM", "see KVM above");
     };
-    match lacking {
+    match kvm::lacking_split(&kvm) {
         None => Finding::good(subject, "interrupt controllers in the kernel or in user space"),
         Some(what) => Finding::lacking(
             Grade::Fair,
