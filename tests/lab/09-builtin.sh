@@ -1,7 +1,7 @@
 #!/bin/sh
 # The built-in guest, by a KVM that has Hyper-V support: it works on two disks by the kernel's
 # interface and by ours, with two processors too, a write that must fail is told, and the demo is
-# whole, without KVM too.
+# whole, without KVM too, where a kernel is refused in one line.
 . "$(dirname "$0")/lib.sh"
 
 truncate -s 32M first.img
@@ -48,7 +48,12 @@ expect 'the guest switched itself off'
 # The same guest as a process, by itself where /dev/kvm is gone.
 mv /dev/kvm /dev/kvm.away
 partita demo | tee console.log
+rc=0
+partita run --kernel /lab/cloud/vmlinuz --disk path=first.img --serial file:made 2>refused || rc=$?
 mv /dev/kvm.away /dev/kvm
+[ "$rc" = 1 ] || fail "without KVM, partita run exited with $rc"
+[ "$(wc -l <refused)" = 1 ] && grep -q '/dev/kvm does not exist' refused || fail "$(cat refused)"
+[ ! -e made ] || fail 'without KVM, a file was made all the same'
 expect 'a hosted partition'
 expect '/dev/kvm does not exist'
 expect '4 KiB at random, hosted'
