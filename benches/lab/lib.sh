@@ -16,6 +16,11 @@ milliseconds() {
     echo "${uptime%.*}${uptime#*.}0"
 }
 
+# Has a partita that runs print its counters to its log: what lies between two looks is one job's.
+look() {
+    if pid=$(pidof partita); then kill -USR1 "$pid"; fi
+}
+
 # jobs TEXT: what the guest's fio does, a line for each job: NAME RW BLOCKSIZE DEPTH. Makes ./initrd.
 jobs() {
     { echo "jobs='$1'" && cat "$here/storage.guest.sh"; } >guest.sh
@@ -26,15 +31,15 @@ jobs() {
 # seconds; exits of the VP in each job; and the page faults that KVM took for the guest's memory
 # until the last of them.
 watch_console() {
-    job=
     while read -r line; do
         line=$(printf '%s' "$line" | tr -d '\r')
         case $line in
-        'job: '*) job=${line#job: } exits=$(kvm exits) ;;
-        'result: '*)
-            echo "$1 ${line#result: } exits=$(($(kvm exits) - exits))"
+        'job: '*) exits=$(kvm exits) && look ;;
+        done)
+            exits=$(($(kvm exits) - exits)) && look
             faults=$(kvm pf_taken)
             ;;
+        'result: '*) echo "$1 ${line#result: } exits=$exits" ;;
         'guest: init at '*)
             took=$(($(milliseconds) - began))
             echo "$1 exec-to-init ms=$took faults=$(kvm pf_taken) ($line)"
@@ -45,14 +50,50 @@ watch_console() {
     echo "$1 memory faults=${faults:-?}"
 }
 
+# per_io VMM: from what its last guest's console and partita's log say, a line for each job: exits to
+# user space, signals, interrupts and system calls of io_uring for each I/O. About a hundred of a job's
+# exits to user space are its console's.
+per_io() {
+    awk -v vmm="$1" '
+        function after(word,    i) {
+            for (i = 1; i < NF; i++) if ($i == word) return $(i + 1) + 0
+        }
+        NR == FNR && $2 ~ /^(rand)?(read|write)-/ {
+            job[++jobs] = $2
+            for (i = 3; i <= NF; i++) if (split($i, pair, "=") == 2 && pair[1] == "ios") ios[jobs] = pair[2]
+        }
+        NR == FNR { next }
+        /^stats: after/ { looks++ }
+        /exits to user space:/ { exits[looks] += after("space:") }
+        /^stats: channel/ {
+            signals[looks] += after("signals")
+            interrupts[looks] += after("interrupts")
+            enters[looks] += after("enters")
+        }
+        END {
+            for (i = 1; i <= jobs; i++) {
+                from = 2 * i - 1
+                to = 2 * i
+                if (ios[i] > 0 && to <= looks)
+                    printf "%s per-io %s user-exits=%.3f signals=%.3f interrupts=%.3f enters=%.3f\n", vmm,
+                        job[i], (exits[to] - exits[from]) / ios[i], (signals[to] - signals[from]) / ios[i],
+                        (interrupts[to] - interrupts[from]) / ios[i], (enters[to] - enters[from]) / ios[i]
+            }
+        }' console "$1.log"
+}
+
 # compare VMM...: runs VMM_run of each, in turn. Then the median of each, since emulated processors stand
 # still now and then, and the first's ratio to the second.
 compare() {
     for round in $(seq "$rounds"); do
         for vmm; do
             began=$(milliseconds)
-            ${vmm}_run | watch_console "$vmm" | tee -a results
-            [ ! -e "$vmm.log" ] || sed "s/^/$vmm: /" "$vmm.log"
+            ${vmm}_run | watch_console "$vmm" | tee console
+            cat console >>results
+            if [ -e "$vmm.log" ]; then
+                sed "s/^/$vmm: /" "$vmm.log"
+                per_io "$vmm" | tee -a results
+            fi
         done
     done
     echo
@@ -69,6 +110,12 @@ compare() {
         }
         $2 == "exec-to-init" { note("exec to init, ms", field("ms")) }
         $2 == "memory" { note("memory faults", field("faults")) }
+        $2 == "per-io" {
+            for (i = 4; i <= NF; i++) {
+                split($i, pair, "=")
+                note($3 ", " pair[1] " each", pair[2])
+            }
+        }
         $2 ~ /^(randread|read)-/ {
             note($2 ", I/O/s", field("iops"))
             if (field("ios") > 0) note($2 ", exits each", field("exits") / field("ios"))
@@ -84,6 +131,6 @@ compare() {
             what = order[i]
             p = median(values[what " " first])
             q = median(values[what " " second])
-            printf "%-28s %s %8.1f   %s %8.1f   ratio %.2f\n", what, first, p, second, q, q ? p / q : 0
+            printf "%-36s %s %10.3f   %s %10.3f   ratio %.2f\n", what, first, p, second, q, q ? p / q : 0
         } }' results | tee "/lab/out/$name.txt"
 }
