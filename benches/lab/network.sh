@@ -1,0 +1,39 @@
+#!/bin/sh
+# iperf3 and ping between Debian and the lab over a tap: hv_netvsc under Partita, virtio-net under QEMU
+# with and without vhost-net, in turn, in one run of the lab, with exits in each job. SECONDS_EACH is how
+# long a job takes. Run with
+#   cargo xtask lab --peers --all-cores --file benches/lab:/lab/benches -- sh /lab/benches/network.sh
+. "$(dirname "$0")/lib.sh"
+{ echo "seconds=${SECONDS_EACH:-3}" && cat "$here/network.guest.sh"; } >guest.sh
+with-script guest.sh initrd
+modprobe vhost_net
+ip tuntap add dev lab0 mode tap vnet_hdr
+ip addr add 10.0.0.1/24 dev lab0
+ip link set lab0 up
+iperf3 -s >/dev/null 2>&1 &
+server=$!
+trap 'kill $server' EXIT
+
+partita_run() {
+    partita run --stats --kernel /lab/cloud/vmlinuz --initrd initrd --memory 768M --cpus 1 \
+        --cmdline 'console=ttyS0 panic=-1 quiet' --nic backend=tap:lab0,queues=1 </dev/null \
+        2>"$vmm.log"
+}
+qemu() {
+    qemu-system-x86_64 -M q35 -enable-kvm -cpu host -m 768 -smp 1 -nodefaults -display none -no-reboot \
+        -kernel /lab/cloud/vmlinuz -initrd initrd -append 'console=ttyS0 panic=-1 quiet' -serial stdio \
+        -netdev "tap,id=n,ifname=lab0,script=no,downscript=no,vhost=$1" \
+        -device virtio-net-pci,netdev=n,romfile= </dev/null
+}
+virtio_run() { qemu off; }
+vhost_run() { qemu on; }
+
+# shellcheck disable=SC2086
+compare ${VMMS:-partita virtio vhost}
+# Traffic is not in the table of I/Os.
+echo
+for job in tcp-out tcp-in udp-out udp-in ping; do
+    for vmm in ${VMMS:-partita virtio vhost}; do
+        sed -n "s/^$vmm $job //p" results | sed "s/^/$job $vmm: /"
+    done
+done | tee -a "/lab/out/$name.txt"
