@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::{Code, Messages, partition_with, run};
@@ -18,8 +17,8 @@ const EDGE_VECTOR: u8 = 0x52;
 /// A controller that remembers what it is told.
 struct Controller {
     apics: Arc<dyn LocalApics>,
-    /// Interrupts of the PIC that wait.
-    waiting: AtomicU32,
+    /// Interrupts of the PIC that wait. Locked for as long as the processor is told of them.
+    waiting: Mutex<u32>,
     lines: Mutex<Vec<(u32, bool)>>,
     ended: Mutex<Vec<u8>>,
 }
@@ -28,7 +27,7 @@ impl Controller {
     fn attach_to(partition: &mut KvmPartition) -> Arc<Self> {
         let controller = Arc::new(Self {
             apics: partition.local_apics().expect("KVM has only the local APICs"),
-            waiting: AtomicU32::new(0),
+            waiting: Mutex::default(),
             lines: Mutex::default(),
             ended: Mutex::default(),
         });
@@ -37,7 +36,8 @@ impl Controller {
     }
 
     fn interrupt(&self, count: u32) {
-        self.waiting.fetch_add(count, Ordering::SeqCst);
+        let mut waiting = self.waiting.lock().unwrap();
+        *waiting += count;
         self.apics.set_intr(true);
     }
 }
@@ -52,9 +52,9 @@ impl InterruptController for Controller {
     }
 
     fn acknowledge(&self) -> u8 {
-        if self.waiting.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.apics.set_intr(false);
-        }
+        let mut waiting = self.waiting.lock().unwrap();
+        *waiting -= 1;
+        self.apics.set_intr(*waiting > 0);
         PIC_VECTOR
     }
 
@@ -119,7 +119,7 @@ fn a_pic_interrupts_a_processor_that_runs() {
         std::thread::spawn(move || {
             for _ in 0..20 {
                 controller.interrupt(1);
-                while controller.waiting.load(Ordering::SeqCst) > 0 {
+                while *controller.waiting.lock().unwrap() > 0 {
                     std::thread::yield_now();
                 }
             }
