@@ -27,6 +27,7 @@ use vsp::storvsp::ControllerBuilder;
 
 use crate::machine::{Guest, Machine, MachineConfig, PartitionKind};
 use crate::options::{IrqchipOption, PartitionOption, SynicOption};
+use crate::print;
 use report::{Costs, Report, Stamped};
 
 /// The built-in guest at work, and what it took
@@ -78,11 +79,12 @@ impl Demo {
         let place = scratch.place();
         let kept = scratch.let_go();
         let report = boot(&disk, self.partition, started)?;
-        if self.json {
-            println!("{}", report.json(kept.as_deref()));
+        let text = if self.json {
+            report.json(kept.as_deref()) + "\n"
         } else {
-            print!("{}", report.words(&place, kept.as_deref()));
-        }
+            report.words(&place, kept.as_deref())
+        };
+        print(&text)?;
         if let Some(error) = report.error() {
             bail!("the guest reports: {error}");
         }
@@ -90,12 +92,41 @@ impl Demo {
     }
 }
 
-/// Lets the guest work on `disk`.
+/// Lets the guest work on `disk`. If that is to be in whatever does, and KVM opens but then breaks
+/// down, the guest starts anew in a hosted partition.
 fn boot(
     disk: &Arc<dyn Disk>,
     partition: PartitionOption,
     started: Instant,
 ) -> anyhow::Result<Report> {
+    match boot_in(disk, partition)? {
+        (PartitionKind::Kvm(_), Err(why)) if partition == PartitionOption::Auto => {
+            let (_, ended) = boot_in(disk, PartitionOption::Hosted)?;
+            let kind = PartitionKind::Hosted { without_kvm: Some(format!("KVM failed; {why}")) };
+            Ok(ended.map_err(anyhow::Error::msg)?.report(kind, started))
+        }
+        (kind, ended) => Ok(ended.map_err(anyhow::Error::msg)?.report(kind, started)),
+    }
+}
+
+/// What a guest that came to its end has left.
+struct Ended {
+    lines: Vec<Stamped>,
+    status: Option<u32>,
+}
+
+impl Ended {
+    fn report(self, kind: PartitionKind, started: Instant) -> Report {
+        Report::new(kind, self.lines, self.status, started.elapsed())
+    }
+}
+
+/// Lets the guest work on `disk`. Where it did so, and how it ended; or how the partition failed,
+/// which is not the guest's fault.
+fn boot_in(
+    disk: &Arc<dyn Disk>,
+    partition: PartitionOption,
+) -> anyhow::Result<(PartitionKind, Result<Ended, String>)> {
     let [ide_path, vmbus_path] = paths::split(disk, "the demo's disk", ["IDE", "the VMBus"]);
     let mut ide = IdeDisks::default();
     ide.attach(None, None, ide_path)?;
@@ -123,7 +154,7 @@ fn boot(
         exits: machine.exit_counters(),
         kernel: machine.kernel_counters(),
         ide: machine.ide_counters(),
-        console: match kind {
+        console: match &kind {
             PartitionKind::Kvm(_) => ConsoleExits::PerByte,
             PartitionKind::Hosted { .. } => ConsoleExits::PerLine,
         },
@@ -147,9 +178,9 @@ fn boot(
         StopReason::PowerOff => {}
         StopReason::Reset | StopReason::TripleFault => bail!("the built-in guest broke down"),
         StopReason::Stopped => bail!("the guest was not done after {} s", PATIENCE.as_secs()),
-        StopReason::Error(what) => bail!(what),
+        StopReason::Error(what) => return Ok((kind, Err(what))),
     }
-    Ok(Report::new(kind, lines.finish(), status, started.elapsed()))
+    Ok((kind, Ok(Ended { lines: lines.finish(), status })))
 }
 
 /// What the guest's console takes of exits. They are left out of account: what is measured are disks.
@@ -263,12 +294,19 @@ struct Scratch {
 
 impl Scratch {
     fn new(keep: bool) -> anyhow::Result<Self> {
-        let memory = Path::new(MEMORY_FILES);
-        let folder =
-            if memory.is_dir() && !keep { memory.to_owned() } else { std::env::temp_dir() };
-        let path = folder.join(format!("partita-demo-{}.img", std::process::id()));
-        let file = File::create_new(&path)
-            .with_context(|| format!("cannot make the scratch disk {}", path.display()))?;
+        let name = format!("partita-demo-{}.img", std::process::id());
+        let make = |folder: &Path| {
+            let path = folder.join(&name);
+            File::create_new(&path)
+                .with_context(|| format!("cannot make the scratch disk {}", path.display()))
+                .map(|file| (path, file))
+        };
+        // What is to be kept is not to fill the host's memory.
+        let in_memory = (!keep).then(|| make(Path::new(MEMORY_FILES)).ok()).flatten();
+        let (path, file) = match in_memory {
+            Some(made) => made,
+            None => make(&std::env::temp_dir())?,
+        };
         let scratch = Self { path, keep };
         file.set_len(DISK).context("cannot give the scratch disk its size")?;
         Ok(scratch)

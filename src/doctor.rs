@@ -3,8 +3,10 @@
 //! Every line stands for one thing that was tried, not for a version that was read: KVM answers
 //! for its capabilities, the kernel for io_uring by setting up a ring, and so on.
 
+use std::fmt::Write;
 use std::fs::OpenOptions;
 use std::io;
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use backends::uring::Uring;
@@ -18,6 +20,7 @@ use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetA
 
 use crate::boot::long_mode;
 use crate::builtin::ExitPort;
+use crate::print;
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,8 +57,8 @@ impl Finding {
     }
 }
 
-/// Prints the report. Returns whether Linux guests can run here.
-pub fn run() -> bool {
+/// Prints the report. Fails if Linux guests cannot run here.
+pub fn run() -> anyhow::Result<ExitCode> {
     let findings = [
         kvm(),
         kernels(),
@@ -67,19 +70,21 @@ pub fn run() -> bool {
         landlock(),
         huge_pages(),
     ];
+    let mut report = String::new();
     for finding in &findings {
         let mark = match finding.grade {
             Grade::Good => "ok  ",
             Grade::Fair => "note",
             Grade::Bad => "MISS",
         };
-        println!("{mark}  {:<12} {}", finding.subject, finding.found);
+        let _ = writeln!(report, "{mark}  {:<12} {}", finding.subject, finding.found);
         if let Some(advice) = finding.advice {
-            println!("{:18} -> {advice}", "");
+            let _ = writeln!(report, "{:18} -> {advice}", "");
         }
     }
     let ready = findings.iter().all(|finding| finding.grade != Grade::Bad);
-    println!(
+    let _ = writeln!(
+        report,
         "{}",
         if ready {
             "this host can run Linux guests with `partita run`"
@@ -88,7 +93,8 @@ pub fn run() -> bool {
              a software-emulated one; `partita demo` runs the built-in guest"
         }
     );
-    ready
+    print(&report)?;
+    Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn kvm() -> Finding {

@@ -78,9 +78,7 @@ impl fmt::Display for PartitionKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Kvm(HyperV::Kernel) => "KVM with its own Hyper-V support",
-            Self::Kvm(HyperV::User) => {
-                "KVM; it has no Hyper-V support, so partita serves the interface from user space"
-            }
+            Self::Kvm(HyperV::User) => "KVM; partita serves the Hyper-V interface, from user space",
             Self::Kvm(HyperV::Absent) => "KVM",
             Self::Hosted { .. } => "a hosted partition: a confined process, without KVM",
         })
@@ -219,6 +217,9 @@ impl Loaded {
         work: &str,
         without_kvm: Option<String>,
     ) -> anyhow::Result<Self> {
+        if config.synic != SynicOption::Auto {
+            bail!("--synic: a hosted partition has one Hyper-V interface only, its root's");
+        }
         if config.irqchip == IrqchipOption::User {
             bail!("--irqchip user: a hosted partition has no interrupt controllers");
         }

@@ -3,7 +3,8 @@
 //! [`options`] reads what the user wants, [`machine`] puts the machine together, [`boot`] loads its
 //! operating system, [`network`] what its NICs are plugged into, [`run`] lets it run with all of them
 //! until it ends, [`demo`] shows all of it with
-//! the [`builtin`] guest, [`hosted`] is that guest where there is no KVM, and [`doctor`] looks at the host. An error is one line, and ends the program with 1.
+//! the [`builtin`] guest, [`hosted`] is that guest where there is no KVM, and [`doctor`] looks at the
+//! host. An error is one line, and ends the program with 1.
 
 mod boot;
 mod builtin;
@@ -17,8 +18,10 @@ mod run;
 mod statistics;
 mod terminal;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -28,7 +31,8 @@ use tracing_subscriber::EnvFilter;
 #[command(
     version,
     after_help = "\
-Example:
+Examples:
+  partita demo
   partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2"
 )]
 struct Cli {
@@ -61,7 +65,7 @@ fn main() -> ExitCode {
     let level = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(level)
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
         .without_time()
         .with_target(false)
         .init();
@@ -69,12 +73,20 @@ fn main() -> ExitCode {
         Command::Run(run) => run.run(),
         Command::Demo(demo) => demo.run(),
         Command::HostedGuest { work } => hosted::run(&work).map(|()| ExitCode::FAILURE),
-        Command::Doctor => Ok(if doctor::run() { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Command::Doctor => doctor::run(),
     };
     ended.unwrap_or_else(|error| {
         eprintln!("partita: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Prints to standard output, which may be full or closed.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .context("cannot write to standard output")
 }
 
 /// Says in one line what is wrong with the command line, or prints the help that was asked for.

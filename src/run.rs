@@ -16,6 +16,7 @@ use backends::file::{Direct, FileDisk, OpenOptions};
 use backends::paths;
 use clap::Args;
 use emulators::IdeDisks;
+use guest_drivers::work;
 use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
 use vsp::netvsp::Nic;
@@ -42,8 +43,8 @@ Examples:
 
 Disks take path=PATH and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
 attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. With
-attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes: the
-first that writes owns the disk. A comma in a value is written twice.
+attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes:
+the first that writes owns the disk. A comma in a value is written twice.
 
 NICs take backend=tap:NAME and, separated by commas: mac=ADDRESS, mtu=68..9000, queues=1..64.
 
@@ -58,7 +59,7 @@ also take transfer=dma|pio. rw=write overwrites the disk. vps=N has N of the --c
 each with depth requests in flight on a channel of its own.")]
 pub struct Run {
     /// The kernel: a bzImage or an ELF vmlinux
-    #[arg(long, value_name = "FILE", required_unless_present = "builtin")]
+    #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The initial RAM file system
     #[arg(long, value_name = "FILE", requires = "kernel")]
@@ -141,6 +142,19 @@ struct OnVmbus {
 impl Run {
     /// Runs the guest until it powers off.
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        let builtin = self.builtin.is_some();
+        let guest = match (self.builtin, self.kernel) {
+            (Some(work), _) => {
+                if let Some(error) = work::parse(&work).find_map(Result::err) {
+                    bail!("--builtin: {error}");
+                }
+                Guest::Builtin { work }
+            }
+            (None, Some(kernel)) => {
+                Guest::Linux { kernel, initrd: self.initrd, command_line: self.cmdline }
+            }
+            (None, None) => bail!("nothing to run; say --kernel FILE or --builtin WORK"),
+        };
         let Size(memory) = self.memory;
         if memory < LEAST_MEMORY {
             bail!("--memory: {memory} bytes are too little to boot in; give it 512M or so");
@@ -164,14 +178,6 @@ impl Run {
         }
         controllers(&disks, &ide, self.cpus)?;
         let cables = network::plug(&self.nic, self.cpus)?;
-        let builtin = self.builtin.is_some();
-        let guest = match (self.builtin, self.kernel) {
-            (Some(work), _) => Guest::Builtin { work },
-            (None, Some(kernel)) => {
-                Guest::Linux { kernel, initrd: self.initrd, command_line: self.cmdline }
-            }
-            (None, None) => bail!("--kernel or --builtin is missing"),
-        };
         let (vps, partition, synic) = (self.cpus, self.partition, self.synic);
         let irqchip = self.irqchip;
         let config = MachineConfig {

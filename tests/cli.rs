@@ -51,11 +51,46 @@ fn a_kernel_or_the_builtin_guest() {
     let line = refusal(&["run", "--kernel", "k", "--builtin", "identify"]);
     assert!(line.starts_with("the argument '--kernel <FILE>' cannot be used with"), "{line}");
     assert!(line.contains("--builtin"), "{line}");
-    let line = refusal(&["run"]);
-    assert!(line.contains("--kernel <FILE>"), "{line}");
-    let work = "x".repeat(5000);
+    assert_eq!(refusal(&["run"]), "nothing to run; say --kernel FILE or --builtin WORK");
+    let work = "identify;".repeat(500) + "identify";
     let line = refusal(&["run", "--builtin", &work]);
-    assert!(line.contains("takes 4064 bytes of work, not 5000"), "{line}");
+    assert!(line.contains("takes 4064 bytes of work, not 4508"), "{line}");
+}
+
+#[test]
+fn work_that_is_none() {
+    let files = Files::new();
+    let disk = format!("path={}", files.at("good.img"));
+    for (work, line) in [
+        ("", "there is no work; say identify, verify, checksum or bench"),
+        ("-d", "'-d' is no work; say identify, verify, checksum or bench"),
+        ("verify; dance", "'dance' is no work; say identify, verify, checksum or bench"),
+        ("bench depth=0", "depth=0 is not possible; depth is 1 to 64"),
+        ("bench bs=1G", "bs=1G is not possible; bs is a multiple of 512 up to 128k"),
+    ] {
+        let builtin = format!("--builtin={work}");
+        let serial = format!("file:{}", files.at("console.log"));
+        let said = refusal(&["run", &builtin, "--disk", &disk, "--serial", &serial]);
+        assert_eq!(said, format!("--builtin: {line}"));
+    }
+    assert!(!Path::new(&files.at("console.log")).exists(), "nothing is created");
+    assert!(fs::read(files.at("good.img")).unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_full_standard_output_is_one_line() {
+    for command in [&["doctor"][..], &["demo", "--partition", "hosted"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_partita"))
+            .args(command)
+            .stdout(full)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.starts_with("partita: cannot write to standard output: "), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
 }
 
 #[test]

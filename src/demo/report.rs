@@ -212,11 +212,13 @@ impl Report {
         let [exits, to_user] = match (&self.kind, costs.exits) {
             (PartitionKind::Hosted { .. }, _) => ["", "messages"],
             (PartitionKind::Kvm(_), Some(_)) => ["exits", "to partita"],
-            (PartitionKind::Kvm(_), None) => ["", "exits to partita"],
+            (PartitionKind::Kvm(_), None) => ["", "to partita"],
         };
         say(
             "read",
-            format!("{title:<23} a second {exits:>7} {to_user:>10}  interrupts  us for each"),
+            format!(
+                "{title:<23} a second  signals  interrupts {exits:>7}  {to_user:>10}  us for each"
+            ),
         );
         let micros = |line: &Stamped| {
             line.number("nanoseconds") as f64 / 1e3 / line.number("ios").max(1) as f64
@@ -230,21 +232,29 @@ impl Report {
             };
             let (iops, micros) = (line.number("iops"), micros(line));
             let exits = costs.exits.map(|exits| format!("{:.2}", each(exits))).unwrap_or_default();
-            let [to_user, interrupts] = [costs.user_exits, costs.interrupts].map(each);
+            let [signals, interrupts, to_user] =
+                [costs.signals, costs.interrupts, costs.user_exits].map(each);
             let bar = bar(micros / longest);
             say(
                 "",
                 format!(
-                    "{way:<23} {iops:>8} {exits:>7} {to_user:>10.2} {interrupts:>11.2} {micros:>9.1} \
-                     {bar}"
+                    "{way:<23} {iops:>8} {signals:>8.2} {interrupts:>11.2} {exits:>7}  \
+                     {to_user:>10.2} {micros:>8.1} {bar}"
                 ),
             );
         }
         let exit = match self.kind {
-            PartitionKind::Kvm(_) => "(exit: the processor leaves the guest",
-            PartitionKind::Hosted { .. } => "(message: the process asks for what it cannot do",
+            PartitionKind::Kvm(_) => {
+                "exit: the processor leaves the guest; to partita: the kernel too"
+            }
+            PartitionKind::Hosted { .. } => "message: the process asks for what it cannot do",
         };
-        say("", format!("{exit}; interrupt: the disk's thread wakes it)"));
+        say(
+            "",
+            "(signal: the guest wakes the disk's thread; interrupt: the thread wakes the guest;"
+                .into(),
+        );
+        say("", format!("{exit})"));
     }
 
     /// For machines: one object.
@@ -299,7 +309,7 @@ fn driver(line: &Stamped) -> &str {
 
 /// A bar of so much of the whole width, drawn in eighths of a character.
 fn bar(part: f64) -> String {
-    const WIDTH: f64 = 20.0;
+    const WIDTH: f64 = 14.0;
     const EIGHTHS: [&str; 8] =
         ["", "\u{258f}", "\u{258e}", "\u{258d}", "\u{258c}", "\u{258b}", "\u{258a}", "\u{2589}"];
     // Something is always to be seen.
@@ -381,12 +391,15 @@ mod tests {
             let (_, columns) = line.split_once(way).unwrap();
             columns.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
         };
-        let whole = "\u{2588}".repeat(20);
+        let whole = "\u{2588}".repeat(14);
         assert_eq!(
             columns("IDE DMA, 4 at a time"),
-            ["1234", "2.00", "0.50", "0.00", "15.0", &whole]
+            ["1234", "1.00", "0.00", "2.00", "0.50", "15.0", &whole]
         );
-        assert_eq!(columns("storvsc"), ["2345", "1.00", "0.25", "0.00", "7.5", &whole[..10 * 3]]);
+        assert_eq!(
+            columns("storvsc"),
+            ["2345", "0.50", "0.00", "1.00", "0.25", "7.5", &whole[..7 * 3]]
+        );
         assert!(words.contains("switched itself off; 1.00 s"), "{words}");
         let json = report.json(Some(Path::new("/a\"b")));
         assert!(json.contains(r#""kept":"/a\"b""#), "{json}");
