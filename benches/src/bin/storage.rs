@@ -20,6 +20,10 @@ use tempfile::NamedTempFile;
 
 /// Measures the storage path without a VM: storvsc and storvsp in one process.
 #[derive(Parser)]
+#[command(after_help = "Examples:
+  storage
+  storage ring ram --runs 9
+  storage tmpfs disk --seconds 3 --disk /var/tmp")]
 struct Options {
     /// What to measure; all if none is named.
     #[arg(value_enum)]
