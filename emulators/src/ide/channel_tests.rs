@@ -342,6 +342,19 @@ fn settings_show_in_identify() {
 }
 
 #[test]
+fn diagnostics_pass_and_show_the_signature() {
+    let mut bench = Bench::new();
+    bench.command(0x33, 0x12_3456, 7); // no such command
+    assert_eq!(bench.status(), READY | status::ERR);
+    assert_ne!(bench.channel.read(1), error::DIAGNOSTICS_PASSED);
+    bench.command(command::EXECUTE_DIAGNOSTIC, 0x12_3456, 7);
+    assert_eq!(bench.status(), READY);
+    // Drive 0 is well, there is one, and it is a disk.
+    let registers = [1, 2, 3, 4, 5].map(|register| bench.channel.read(register));
+    assert_eq!(registers, [error::DIAGNOSTICS_PASSED, 1, 1, 0, 0]);
+}
+
+#[test]
 fn smart_wants_its_key() {
     let mut bench = Bench::new();
     bench.channel.write(1, feature::SMART_RETURN_STATUS);
