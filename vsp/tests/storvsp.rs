@@ -2,11 +2,13 @@
 //! guest's storvsc, written out here, on the other. No VM is involved.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use backends::block::Disk;
 use backends::paths;
 use backends::ram::RamDisk;
+use backends::testing::{FaultyDisk, Gate, Rule};
 use hypervisor::Gpa;
 use vmbus::packet::{PacketFlags, PacketKind};
 use vmbus::vstor::{
@@ -301,7 +303,7 @@ fn sub_channels_are_offered_as_asked() {
         if guest.end.subchannels_requested() == Some(3) {
             return;
         }
-        std::thread::sleep(Duration::from_millis(1));
+        thread::sleep(Duration::from_millis(1));
     }
     panic!("no sub-channels were offered");
 }
@@ -482,7 +484,7 @@ fn a_guest_that_takes_no_answers_is_waited_for() {
         // The worker takes packets as long as it can answer them.
         while guest.end.outgoing.push(PacketKind::InBand, flags, *id, &packet).is_err() {
             guest.end.publish();
-            std::thread::yield_now();
+            thread::yield_now();
         }
     }
     guest.end.publish();
@@ -491,7 +493,7 @@ fn a_guest_that_takes_no_answers_is_waited_for() {
     let until = Instant::now() + PATIENCE;
     while wanted(&guest) == 0 {
         assert!(Instant::now() < until, "the worker does not ask for room");
-        std::thread::yield_now();
+        thread::yield_now();
     }
     for _ in 0..count {
         let (id, answer) = guest.receive();
@@ -529,6 +531,52 @@ fn stopping_ends_the_worker_after_its_io() {
     }
     guest.end.request_stop();
     assert!(guest.is_closed());
+}
+
+#[test]
+fn a_lent_thread_takes_all_packets_before_it_sleeps() {
+    let gate = Arc::new(Gate::new().unwrap());
+    let (_, disk) = ram(MIB);
+    let disk = Arc::new(FaultyDisk::new(disk).rule(Rule::hold(0..MIB, &gate)));
+    let (channel, end) = pair(16 * MIB);
+    let mut builder = ControllerBuilder::new(0);
+    builder.attach(None, disk).unwrap();
+    let mut worker = builder.build(1).open_inline(channel).unwrap();
+    let mut guest = Guest { end, next_id: 1, target: 0 };
+    let version: &[u8] = &[0x02, 0x06, 0, 0];
+    for (operation, body) in [
+        (Operation::BeginInitialization, &[][..]),
+        (Operation::QueryProtocolVersion, version),
+        (Operation::EndInitialization, &[]),
+    ] {
+        let packet = VstorPacket::request(operation, body);
+        let flags = PacketFlags::COMPLETION_REQUESTED;
+        guest.end.send(PacketKind::InBand, flags, 1, packet.as_bytes());
+        worker.turn(false).unwrap();
+        assert_eq!(guest.receive().1.status, NtStatus::Success);
+    }
+    // Each as large as a turn takes. A worker that sleeps with packets before it would wake when
+    // the gate opens, with an answer.
+    for at in [0u8, 1, 2] {
+        let cdb = rw10(0x28, u32::from(at) * 128, 128);
+        guest.send(0, &cdb, DataDirection::Read, &[(0x10_0000, 64 << 10)]);
+    }
+    let rescue = Arc::clone(&gate);
+    let rescue = thread::spawn(move || {
+        thread::park_timeout(PATIENCE);
+        rescue.open(3).unwrap();
+    });
+    for _ in 0..2 {
+        assert!(worker.turn(true).unwrap());
+    }
+    assert!(guest.end.wait(&mut [0; 256], Duration::ZERO).is_none());
+    rescue.thread().unpark();
+    rescue.join().unwrap();
+    for _ in 0..3 {
+        while guest.end.wait(&mut [0; 256], Duration::ZERO).is_none() {
+            worker.turn(true).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -23,7 +23,8 @@ use tempfile::NamedTempFile;
 #[command(after_help = "Examples:
   storage
   storage ring ram --runs 9
-  storage tmpfs disk --seconds 3 --disk /var/tmp")]
+  storage tmpfs disk --seconds 3 --disk /var/tmp
+  storage disk --only '4k random QD32' --runs 15")]
 struct Options {
     /// What to measure; all if none is named.
     #[arg(value_enum)]
@@ -43,6 +44,9 @@ struct Options {
     /// A folder on a disk.
     #[arg(long, default_value = ".")]
     disk: PathBuf,
+    /// Of the reads of files, only those whose name contains this, such as QD32.
+    #[arg(long, value_name = "WORD")]
+    only: Option<String>,
     /// Let the system choose the processors; otherwise, the client and the worker have one each.
     #[arg(long)]
     unpinned: bool,
@@ -214,6 +218,9 @@ fn file(name: &str, folder: &Path, options: &Options) -> anyhow::Result<()> {
         ("128k sequential QD8", 128 << 10, 8, Order::Sequential),
         ("128k sequential QD32", 128 << 10, 32, Order::Sequential),
     ] {
+        if options.only.as_ref().is_some_and(|word| !label.contains(word.as_str())) {
+            continue;
+        }
         let reads = |waiting| Reads { block, depth, order, waiting, batches: false };
         let [mut alone, mut spins, mut sleeps, mut peer] = [const { Runs::new() }; 4];
         for _ in 0..options.runs {
