@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 
 use crate::workspace;
 
+mod fuzzers;
 mod lab_tests;
 mod programs;
 
@@ -88,7 +89,7 @@ pub(crate) fn run(options: &TestOptions) -> Result<u8> {
         formatting_and_lints(&mut tally)?;
         workspace_tests(&mut tally)?;
         loom_tests(&mut tally)?;
-        fuzzers(&mut tally, options.fuzz_seconds.unwrap_or(if ci { 30 } else { 5 }))?;
+        fuzzers::run(&mut tally, options.fuzz_seconds.unwrap_or(if ci { 30 } else { 5 }))?;
     }
     if options.lab {
         lab_tests::run(&mut tally, &options.names)?;
@@ -201,62 +202,6 @@ impl Counts {
         }
         counts
     }
-}
-
-/// Runs each fuzzer for a while where a nightly toolchain is present.
-fn fuzzers(tally: &mut Tally, seconds: u32) -> Result<()> {
-    heading("the fuzzers");
-    if !quietly("cargo", &["+nightly", "--version"]) {
-        println!("skipped: no nightly toolchain");
-        tally.allow_skip(1, "the fuzzers: no nightly toolchain here; their corpora were replayed");
-        return Ok(());
-    }
-    if !quietly("cargo", &["+nightly", "fuzz", "--version"]) {
-        println!("installing cargo-fuzz");
-        let status = fuzz_command(&["install", "--quiet", "--locked", "cargo-fuzz"]).status()?;
-        if !status.success() {
-            tally.skip(1, "the fuzzers: cargo-fuzz does not install");
-            return Ok(());
-        }
-    }
-    let list = fuzz_command(&["fuzz", "list"]).output()?;
-    let targets = String::from_utf8_lossy(&list.stdout).into_owned();
-    if targets.trim().is_empty() {
-        tally.fail("cargo fuzz list names no target");
-    }
-    let time = format!("-max_total_time={seconds}");
-    for target in targets.split_whitespace() {
-        println!("{target}, {seconds} s");
-        // What is found along the way goes to a folder of its own; the corpus is only read.
-        let found = workspace::target_dir().join("fuzz-found").join(target);
-        std::fs::create_dir_all(&found)?;
-        let corpus = workspace::root().join("fuzz/corpus").join(target);
-        let output = fuzz_command(&["fuzz", "run", target])
-            .arg(found)
-            .args(corpus.is_dir().then_some(corpus))
-            .args(["--", &time, "-print_final_stats=1"])
-            .output()?;
-        let log = String::from_utf8_lossy(&output.stderr);
-        if output.status.success() {
-            let runs =
-                log.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
-            println!("{target}: {} runs", runs.map_or("?", str::trim));
-            tally.pass();
-        } else {
-            print!("{log}");
-            tally.fail(format_args!("fuzzer {target}"));
-        }
-    }
-    Ok(())
-}
-
-/// A command of the nightly toolchain's cargo, by way of rustup.
-fn fuzz_command(args: &[&str]) -> Command {
-    let mut command = Command::new("cargo");
-    command.arg("+nightly").args(args).current_dir(workspace::root()).stdin(Stdio::null());
-    // The fuzzers' own target folder, apart from the workspace's.
-    command.env_remove("CARGO_TARGET_DIR");
-    command
 }
 
 /// Whether a command succeeds; its output does not matter.
