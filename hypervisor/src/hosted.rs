@@ -200,7 +200,12 @@ impl Partition for HostedPartition {
         Ok(Arc::new(Line(Arc::clone(&self.synic))))
     }
 
-    fn run(&mut self, ports: &Arc<Bus>, _: &Arc<Bus>, sink: &Arc<dyn MessageSink>) -> StopReason {
+    fn run(
+        &mut self,
+        ports: &Arc<Bus>,
+        mmio: &Arc<Bus>,
+        sink: &Arc<dyn MessageSink>,
+    ) -> StopReason {
         let mut vp = vp::HostedVp::new(
             Arc::clone(&self.socket),
             &self.memory,
@@ -209,10 +214,10 @@ impl Partition for HostedPartition {
             &self.confinement,
             &self.stop,
         );
-        let (ports, sink) = (Arc::clone(ports), Arc::clone(sink));
+        let (ports, mmio, sink) = (Arc::clone(ports), Arc::clone(mmio), Arc::clone(sink));
         let (stop, child) = (self.stop.clone(), Arc::clone(&self.child));
         let builder = std::thread::Builder::new().name("vp0".to_owned());
-        let spawned = builder.spawn(move || match vp.serve(&ports, &*sink) {
+        let spawned = builder.spawn(move || match vp.serve(&ports, &mmio, &*sink) {
             Ok(vp::Ended::Stopped) => {}
             Ok(vp::Ended::Gone) if stop.is_stopping() => {}
             Ok(vp::Ended::Gone) => {

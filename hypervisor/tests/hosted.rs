@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{END, Messages, REPORT, STEP, run, run_to_any_end};
+use common::{END, Messages, REGISTER, REPORT, STEP, run, run_to_any_end};
 use hypervisor::hosted::{GuestProgram, HostedPartition, Processor};
 use hypervisor::synic::{ConnectionId, EventFlag, Message, Posted, Sint};
 use hypervisor::{ExitKind, Gpa, GuestMemory, Partition, StopReason, VpIndex};
@@ -46,6 +46,7 @@ const TESTS: &[Test] = &tests!(
     registers_say_what_they_should,
     bad_values_fault,
     ports_reach_their_devices,
+    device_memory_is_reached,
     messages_are_posted,
     hypercalls_have_their_status,
     signals_reach_their_event,
@@ -236,6 +237,33 @@ mod ports_reach_their_devices {
         let mut data = [0; 8];
         guest.0.port_read(0x3333, &mut data[..1]);
         guest.report(u64::from_le_bytes(data));
+        guest.end();
+    }
+}
+
+mod device_memory_is_reached {
+    use super::*;
+
+    pub(super) fn root(mut partition: HostedPartition) {
+        let counters = partition.exit_counters();
+        let reports = run(&mut partition, &Arc::default(), |_| {});
+        assert_eq!(reports, [0x0405_0102_0000_0000, 0x0405, u64::MAX]);
+        assert_eq!(counters[0].get(ExitKind::MmioRead), 3);
+        assert_eq!(counters[0].get(ExitKind::MmioWrite), 3);
+    }
+
+    pub(super) fn guest(guest: &Guest) {
+        let load = |gpa, width: usize| {
+            let mut data = [0; 8];
+            guest.0.mmio_read(gpa, &mut data[..width]);
+            u64::from_le_bytes(data)
+        };
+        guest.0.mmio_write(REGISTER + 4, 4, 0xdead_0405_0102);
+        guest.0.mmio_write(REGISTER + 8, 4, 1); // nobody's
+        guest.0.mmio_write(0, 8, 1); // nobody's: memory is not a device's
+        guest.report(load(REGISTER, 8));
+        guest.report(load(REGISTER + 6, 2));
+        guest.report(load(REGISTER + 4, 8)); // half of it nobody's
         guest.end();
     }
 }

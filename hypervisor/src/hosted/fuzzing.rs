@@ -60,7 +60,7 @@ fn serve(packets: &[&[u8]]) {
         Intercept::parse(packet)
             .is_ok_and(|intercept| !matches!(intercept, Intercept::NotStarted { .. }))
     });
-    match vp.serve(&Bus::ports(), &Sink) {
+    match vp.serve(&Bus::ports(), &Bus::mmio(), &Sink) {
         Ok(Ended::Gone) => assert!(all_good),
         Ok(Ended::Stopped) => assert!(stop.is_stopping()),
         Err(VpError::Garbage(_) | VpError::NotStarted { .. }) => assert!(!all_good),
@@ -76,7 +76,7 @@ mod tests {
 
     /// Packets that are intercepts, or nearly.
     fn packet() -> impl Strategy<Value = Vec<u8>> {
-        let word = || prop_oneof![any::<u32>(), 0_u32..9, 0x4000_0000_u32..0x4000_0200];
+        let word = || prop_oneof![any::<u32>(), 0_u32..12, 0x4000_0000_u32..0x4000_0200];
         let value =
             || prop_oneof![any::<u64>(), 0_u64..0x2_0000, Just(0x5c), Just(0x5d), Just(0x1_005d)];
         (word(), word(), 0_u32..5, value(), value(), 0_usize..9).prop_map(

@@ -130,6 +130,19 @@ impl Processor {
         })
     }
 
+    /// A load of 1, 2, 4 or 8 bytes from an address that is a device's.
+    pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        let value = self.intercept(&Intercept::MmioRead { gpa, width: data.len() });
+        for (to, from) in data.iter_mut().zip(value.unwrap_or(u64::MAX).to_le_bytes()) {
+            *to = from;
+        }
+    }
+
+    /// A store of the lowest `width` bytes of `value`, 1, 2, 4 or 8, to an address that is a device's.
+    pub fn mmio_write(&self, gpa: u64, width: usize, value: u64) {
+        self.intercept(&Intercept::MmioWrite { gpa, width, value });
+    }
+
     /// [`Self::port_write`] from wherever the process comes to grief, such as a panic's hook: needs
     /// no processor at hand, and waits for no answer.
     pub fn last_words(port: u16, width: usize, data: &[u8]) {

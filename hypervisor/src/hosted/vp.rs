@@ -82,7 +82,12 @@ impl HostedVp {
     }
 
     /// Serves until the run is over or the process is gone.
-    pub(super) fn serve(&mut self, ports: &Bus, sink: &dyn MessageSink) -> Result<Ended, VpError> {
+    pub(super) fn serve(
+        &mut self,
+        ports: &Bus,
+        mmio: &Bus,
+        sink: &dyn MessageSink,
+    ) -> Result<Ended, VpError> {
         // One byte more than the longest, so that a longer one shows.
         let mut packet = [0; LONGEST + 1];
         loop {
@@ -93,7 +98,7 @@ impl HostedVp {
                 Err(error) => return Err(VpError::Receive(error.into())),
             };
             let intercept = Intercept::parse(packet.get(..len).unwrap_or_default())?;
-            let reply = self.answer(&intercept, ports, sink)?;
+            let reply = self.answer(&intercept, ports, mmio, sink)?;
             if self.stop.is_stopping() {
                 return Ok(Ended::Stopped);
             }
@@ -114,6 +119,7 @@ impl HostedVp {
         &mut self,
         intercept: &Intercept<'_>,
         ports: &Bus,
+        mmio: &Bus,
         sink: &dyn MessageSink,
     ) -> Result<Result<u64, GeneralProtection>, VpError> {
         let (kind, reply) = match *intercept {
@@ -142,6 +148,18 @@ impl HostedVp {
             }
             Intercept::PortReadString { port, width, gpa, len } => {
                 (ExitKind::PortRead, self.read_string(ports, port, width, (gpa, len)))
+            }
+            Intercept::MmioRead { gpa, width } => {
+                let mut value = [0; 8];
+                if let Some(data) = value.get_mut(..width) {
+                    mmio.read(gpa, data);
+                }
+                (ExitKind::MmioRead, Ok(u64::from_le_bytes(value)))
+            }
+            Intercept::MmioWrite { gpa, width, value } => {
+                let value = value.to_le_bytes();
+                mmio.write(gpa, value.get(..width).unwrap_or(&value));
+                (ExitKind::MmioWrite, Ok(0))
             }
             Intercept::RegisterRead { register } => (ExitKind::Register, self.read(register)),
             Intercept::RegisterWrite { register, value } => {

@@ -29,7 +29,7 @@ struct Header {
     kind: u32,
     /// A port, a register, or the step of the start.
     index: u32,
-    /// Bytes of a port access: 1, 2 or 4.
+    /// Bytes of an access: 1, 2 or 4, and to memory also 8.
     width: u32,
     reserved: u32,
     values: [u64; 2],
@@ -46,6 +46,8 @@ mod kind {
     pub(super) const REGISTER_WRITE: u32 = 6;
     pub(super) const HYPERCALL: u32 = 7;
     pub(super) const PORT_READ_STRING: u32 = 8;
+    pub(super) const MMIO_READ: u32 = 9;
+    pub(super) const MMIO_WRITE: u32 = 10;
 
     pub(super) const START: u32 = 0x81;
     pub(super) const DONE: u32 = 0x82;
@@ -67,6 +69,10 @@ pub(super) enum Intercept<'a> {
     PortWrite { port: u16, width: usize, data: &'a [u8] },
     /// `rep ins`: `len` bytes from the port go to memory at `gpa`.
     PortReadString { port: u16, width: usize, gpa: u64, len: usize },
+    /// A load from an address that is a device's.
+    MmioRead { gpa: u64, width: usize },
+    /// A store to one.
+    MmioWrite { gpa: u64, width: usize, value: u64 },
     /// `rdmsr`
     RegisterRead { register: u32 },
     /// `wrmsr`
@@ -87,6 +93,9 @@ pub(super) enum Garbage {
     /// A port or a width that no processor has, or a string that its width does not divide.
     #[error("an access of {len} bytes, each of width {width}, to port {port:#x} is not possible")]
     Port { port: u32, width: u32, len: usize },
+    /// A width that no load or store has.
+    #[error("an access of {width} bytes to address {gpa:#x} is not possible")]
+    Mmio { gpa: u64, width: u32 },
 }
 
 impl<'a> Intercept<'a> {
@@ -106,6 +115,10 @@ impl<'a> Intercept<'a> {
         let string = |width, len| {
             let possible = (1..=STRING).contains(&len) && len.is_multiple_of(width);
             if possible { Ok(len) } else { Err(no_access(len)) }
+        };
+        let mmio = || match width {
+            1 | 2 | 4 | 8 => Ok(width as usize),
+            _ => Err(Garbage::Mmio { gpa: first, width }),
         };
         if kind != kind::PORT_WRITE && !data.is_empty() {
             return Err(length);
@@ -127,6 +140,8 @@ impl<'a> Intercept<'a> {
                 let len = string(width, usize::try_from(second).unwrap_or(usize::MAX))?;
                 Self::PortReadString { port, width, gpa: first, len }
             }
+            kind::MMIO_READ => Self::MmioRead { gpa: first, width: mmio()? },
+            kind::MMIO_WRITE => Self::MmioWrite { gpa: first, width: mmio()?, value: second },
             kind::REGISTER_READ => Self::RegisterRead { register: index },
             kind::REGISTER_WRITE => Self::RegisterWrite { register: index, value: first },
             kind::HYPERCALL => Self::Hypercall { control: first, input: second },
@@ -147,6 +162,10 @@ impl<'a> Intercept<'a> {
             }
             Self::PortReadString { port, width, gpa, len } => {
                 (kind::PORT_READ_STRING, port.into(), width, [gpa, len as u64], &[])
+            }
+            Self::MmioRead { gpa, width } => (kind::MMIO_READ, 0, width, [gpa, 0], &[]),
+            Self::MmioWrite { gpa, width, value } => {
+                (kind::MMIO_WRITE, 0, width, [gpa, value], &[])
             }
             Self::RegisterRead { register } => (kind::REGISTER_READ, register, 0, [0; 2], &[]),
             Self::RegisterWrite { register, value } => {
@@ -285,6 +304,8 @@ mod tests {
             Intercept::PortWrite { port: 0x3f8, width: 1, data: b"hello" },
             Intercept::PortWrite { port: 0x1f0, width: 4, data: &[1; STRING] },
             Intercept::PortReadString { port: 0x1f0, width: 4, gpa: 0x12_3000, len: STRING },
+            Intercept::MmioRead { gpa: 0xfeb0_0008, width: 4 },
+            Intercept::MmioWrite { gpa: u64::MAX, width: 8, value: 1 << 63 },
             Intercept::RegisterRead { register: 0x4000_0080 },
             Intercept::RegisterWrite { register: 0x4000_0084, value: u64::MAX },
             Intercept::Hypercall { control: 0x1_005d, input: 0x2001 },
@@ -332,6 +353,11 @@ mod tests {
         // The packets of this test say that a string is 8 bytes long.
         let garbage = Garbage::Port { port: 1, width: 3, len: 0 };
         assert_eq!(parse(&packet(kind::PORT_READ_STRING, 1, 3, &[])), garbage);
+        for width in [0, 3, 16] {
+            let garbage = Garbage::Mmio { gpa: 7, width };
+            assert_eq!(parse(&packet(kind::MMIO_READ, 0, width, &[])), garbage);
+            assert_eq!(parse(&packet(kind::MMIO_WRITE, 0, width, &[])), garbage);
+        }
         let mut string = packet(kind::PORT_READ_STRING, 1, 4, &[]);
         for len in [0, 9, STRING + 4] {
             string[24..28].copy_from_slice(&(len as u32).to_le_bytes());
@@ -343,7 +369,7 @@ mod tests {
         /// Nothing panics, and what is accepted is an access that a processor can make.
         #[test]
         fn any_bytes_are_an_intercept_or_none(
-            kind in prop_oneof![0_u32..10, any::<u32>()],
+            kind in prop_oneof![0_u32..12, any::<u32>()],
             index in any::<u32>(),
             width in prop_oneof![0_u32..9, any::<u32>()],
             data in proptest::collection::vec(any::<u8>(), 0..64),
@@ -358,6 +384,9 @@ mod tests {
                 }
                 Ok(Intercept::PortWrite { width, data, .. }) => {
                     prop_assert!(!data.is_empty() && data.len() % width == 0);
+                }
+                Ok(Intercept::MmioRead { width, .. } | Intercept::MmioWrite { width, .. }) => {
+                    prop_assert!([1, 2, 4, 8].contains(&width));
                 }
                 Ok(_) => prop_assert_eq!(bytes.len(), size_of::<Header>()),
                 Err(_) => {}

@@ -343,6 +343,22 @@ impl MessageSink for Messages {
     }
 }
 
+/// The address of a register that is what was written to it.
+pub const REGISTER: u64 = 0xfeb0_0000;
+
+#[derive(Default)]
+struct Register(Mutex<[u8; 8]>);
+
+impl Device for Register {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..data.len()]);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
+    }
+}
+
 /// Runs the guest to its end, and returns what it has reported. Its steps are `on_step`'s to do.
 pub fn run(
     partition: &mut impl Partition,
@@ -377,7 +393,9 @@ pub fn run_to_any_end(
         }
     });
     let sink: Arc<dyn MessageSink> = messages.clone();
-    let reason = partition.run(&Arc::new(ports), &Arc::new(Bus::mmio()), &sink);
+    let mut mmio = Bus::mmio();
+    mmio.add("register", REGISTER, 8, Arc::<Register>::default()).unwrap();
+    let reason = partition.run(&Arc::new(ports), &Arc::new(mmio), &sink);
     let _ = done.send(());
     watchdog.join().unwrap();
     let words = words.lock().unwrap();
