@@ -47,6 +47,11 @@ fn storvsc_completions() {
 }
 
 #[test]
+fn netvsc_packets() {
+    replay("netvsc_packets", vsc::fuzzing::fuzz_netvsc);
+}
+
+#[test]
 fn ata_answers() {
     replay("ata_answers", guest_drivers::fuzzing::fuzz_ide);
 }

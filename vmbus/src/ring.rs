@@ -361,6 +361,12 @@ impl<M: RingMemory> Outgoing<M> {
         self.size - distance(self.read, self.cursor, self.size) - 8
     }
 
+    /// Whether packets of `bytes` together, as of [`ring_size`], fit now. Looks at the other side's
+    /// index only if by what is known they do not.
+    pub fn fits(&mut self, bytes: u32) -> Result<bool, RingError> {
+        Ok(bytes <= self.room() || bytes <= self.free()?)
+    }
+
     /// Puts a packet without headers into the ring. The other side does not see it until
     /// [`Outgoing::publish`].
     pub fn push(
@@ -392,7 +398,7 @@ impl<M: RingMemory> Outgoing<M> {
         if total > self.size - 8 {
             return Err(PushError::Packet);
         }
-        if total > self.room() && total > self.free()? {
+        if !self.fits(total)? {
             return Err(PushError::Full);
         }
 

@@ -58,13 +58,22 @@ pub struct Channel<M, D> {
     doorbell: D,
     /// What was sent or received and not yet published.
     unpublished: bool,
+    /// The root has been asked to signal when there is room.
+    wants_room: bool,
     counters: Counters,
 }
 
 impl<M: RingMemory, D: Doorbell> Channel<M, D> {
     /// The channel with these rings.
     pub fn new(incoming: Incoming<M>, outgoing: Outgoing<M>, doorbell: D) -> Self {
-        Self { incoming, outgoing, doorbell, unpublished: false, counters: Counters::default() }
+        Self {
+            incoming,
+            outgoing,
+            doorbell,
+            unpublished: false,
+            wants_room: false,
+            counters: Counters::default(),
+        }
     }
 
     /// Puts a packet into the ring; `headers` as of [`Outgoing::push_with_headers`].
@@ -100,6 +109,22 @@ impl<M: RingMemory, D: Doorbell> Channel<M, D> {
         self.incoming.has_data()
     }
 
+    /// Whether packets of `bytes` together, as of [`vmbus::packet::ring_size`], can be sent now.
+    #[inline]
+    pub fn has_room(&mut self, bytes: u32) -> Result<bool, RingError> {
+        self.outgoing.fits(bytes)
+    }
+
+    /// Asks for an interrupt, from the next [`Channel::publish`] on, when there is room for `bytes`.
+    /// Returns whether there is already, for which none may come.
+    pub fn want_room(&mut self, bytes: u32) -> Result<bool, RingError> {
+        self.wants_room = !self.outgoing.set_pending_send(bytes)?;
+        if !self.wants_room {
+            self.outgoing.set_pending_send(0)?;
+        }
+        Ok(!self.wants_room)
+    }
+
     /// Shows the root what was sent, gives it back the room of what was received, and rings its
     /// doorbell if it may be asleep.
     #[inline]
@@ -120,6 +145,10 @@ impl<M: RingMemory, D: Doorbell> Channel<M, D> {
     /// Asks not to be interrupted: the client polls.
     pub fn wake(&mut self) {
         self.incoming.mask();
+        if core::mem::take(&mut self.wants_room) {
+            // What is wrong with the ring, the next packet will tell.
+            let _ = self.outgoing.set_pending_send(0);
+        }
     }
 
     /// Publishes, and asks for an interrupt when there is something. Returns whether the client may

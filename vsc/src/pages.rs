@@ -15,7 +15,7 @@ pub const fn words(pages: usize) -> usize {
 /// Guest memory for one request at a time, as the headers of a GPA-direct packet with one range.
 ///
 /// ```
-/// use vsc::storvsc::{PageList, words};
+/// use vsc::{PageList, words};
 /// // 6 KiB that begin in the middle of page 0x123 and go on in page 0x200.
 /// let list = PageList::<{ words(2) }>::new(6144, 2048, [0x123, 0x200]).unwrap();
 /// assert_eq!(list.pages().bytes(), 6144);
@@ -34,8 +34,8 @@ pub struct PageList<const WORDS: usize> {
 /// A view of a [`PageList`]; what a request takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Pages<'a> {
-    pub(super) header: &'a [u8],
-    pub(super) len: u32,
+    pub(crate) header: &'a [u8],
+    pub(crate) len: u32,
 }
 
 impl Pages<'_> {

@@ -49,8 +49,6 @@
 mod command;
 mod disk;
 mod handshake;
-mod pages;
-mod table;
 
 use thiserror::Error;
 use vmbus::mapped::RingMemory;
@@ -59,13 +57,14 @@ use vmbus::ring::{PushError, RingError};
 use vmbus::vstor::{Operation, ScsiRequest, VstorPacket};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::table::{NotDue, Table};
 use crate::{Channel, Counters, Doorbell};
 pub use command::{Command, Failure, Sense};
 pub use disk::{Disk, IdentifyError, Scratch};
 pub use handshake::Agreement;
 use handshake::Handshake;
-pub use pages::{PageList, Pages, words};
-use table::Table;
+
+pub use crate::pages::{PageList, Pages, words};
 
 /// Room for the longest packet that a controller sends; a longer one is a fault.
 const LONGEST_PACKET: usize = 256;
@@ -132,6 +131,15 @@ pub enum Fault {
     Dead,
 }
 
+impl From<NotDue> for Fault {
+    fn from(answer: NotDue) -> Self {
+        match answer {
+            NotDue::Unknown(id) => Self::UnknownAnswer(id),
+            NotDue::Twice(id) => Self::AnsweredTwice(id),
+        }
+    }
+}
+
 /// Why a request was not put into the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum SubmitError {
@@ -170,7 +178,8 @@ pub struct Completion {
 #[derive(Debug)]
 pub struct Queue<M, D, const DEPTH: usize> {
     channel: Channel<M, D>,
-    table: Table<DEPTH>,
+    /// The bytes that each request is to transfer.
+    table: Table<u32, DEPTH>,
     max_transfer: u32,
     dead: bool,
     disks_changed: bool,

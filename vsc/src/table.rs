@@ -4,65 +4,69 @@
 //! the upper. So an answer is to exactly one request, and one that comes twice, or never was
 //! asked for, is known as such.
 
-use super::Fault;
-
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    /// Of the request in flight, or the last that was.
-    generation: u32,
-    busy: bool,
-    /// Bytes to transfer.
-    len: u32,
+/// An answer that is due to nobody; both have its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotDue {
+    /// It was not asked for.
+    Unknown(u64),
+    /// It has come before.
+    Twice(u64),
 }
 
-/// As many slots as may be in flight.
+#[derive(Clone, Copy, Debug)]
+struct Entry<T> {
+    /// Of the request in flight, or the last that was.
+    generation: u32,
+    /// What the request in flight is; `None` if there is none.
+    load: Option<T>,
+}
+
+/// As many slots as may be in flight, and what the caller knows of each request.
 #[derive(Debug)]
-pub(super) struct Table<const DEPTH: usize> {
-    entries: [Entry; DEPTH],
+pub(crate) struct Table<T, const DEPTH: usize> {
+    entries: [Entry<T>; DEPTH],
     in_flight: usize,
 }
 
-impl<const DEPTH: usize> Table<DEPTH> {
-    pub(super) const fn new() -> Self {
+impl<T: Copy, const DEPTH: usize> Table<T, DEPTH> {
+    pub(crate) const fn new() -> Self {
         const { assert!(DEPTH > 0 && DEPTH <= u16::MAX as usize) };
-        Self { entries: [Entry { generation: 0, busy: false, len: 0 }; DEPTH], in_flight: 0 }
+        Self { entries: [Entry { generation: 0, load: None }; DEPTH], in_flight: 0 }
     }
 
-    pub(super) fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.in_flight
     }
 
     /// The id for the next request of `slot`; `None` if there is no such slot or it is busy.
     #[inline]
-    pub(super) fn next_id(&self, slot: u16) -> Option<u64> {
-        let entry = self.entries.get(usize::from(slot)).filter(|entry| !entry.busy)?;
+    pub(crate) fn next_id(&self, slot: u16) -> Option<u64> {
+        let entry = self.entries.get(usize::from(slot)).filter(|entry| entry.load.is_none())?;
         Some(u64::from(next(entry.generation)) << 32 | u64::from(slot))
     }
 
     /// The request of `slot` is on its way.
     #[inline]
-    pub(super) fn begin(&mut self, slot: u16, len: u32) {
+    pub(crate) fn begin(&mut self, slot: u16, load: T) {
         if let Some(entry) = self.entries.get_mut(usize::from(slot)) {
-            *entry = Entry { generation: next(entry.generation), busy: true, len };
+            *entry = Entry { generation: next(entry.generation), load: Some(load) };
             self.in_flight += 1;
         }
     }
 
-    /// The answer with this id has come. Returns the slot, which is free again, and how many bytes
-    /// were to be transferred.
+    /// The answer with this id has come. Returns the slot, which is free again, and what is known of
+    /// the request.
     #[inline]
-    pub(super) fn end(&mut self, id: u64) -> Result<(u16, u32), Fault> {
+    pub(crate) fn end(&mut self, id: u64) -> Result<(u16, T), NotDue> {
         let (generation, slot) = ((id >> 32) as u32, id as u32);
-        let slot = u16::try_from(slot).map_err(|_| Fault::UnknownAnswer(id))?;
-        let entry = self.entries.get_mut(usize::from(slot)).ok_or(Fault::UnknownAnswer(id))?;
+        let slot = u16::try_from(slot).map_err(|_| NotDue::Unknown(id))?;
+        let entry = self.entries.get_mut(usize::from(slot)).ok_or(NotDue::Unknown(id))?;
         if generation != entry.generation || generation == 0 {
-            return Err(Fault::UnknownAnswer(id));
+            return Err(NotDue::Unknown(id));
         }
-        if !core::mem::take(&mut entry.busy) {
-            return Err(Fault::AnsweredTwice(id));
-        }
+        let load = entry.load.take().ok_or(NotDue::Twice(id))?;
         self.in_flight -= 1;
-        Ok((slot, entry.len))
+        Ok((slot, load))
     }
 }
 
@@ -77,19 +81,19 @@ mod tests {
 
     #[test]
     fn each_answer_is_to_one_request() {
-        let mut table = Table::<2>::new();
+        let mut table = Table::<u32, 2>::new();
         let first = table.next_id(1).unwrap();
-        assert_eq!(table.end(first), Err(Fault::UnknownAnswer(first)));
+        assert_eq!(table.end(first), Err(NotDue::Unknown(first)));
         table.begin(1, 10);
         assert_eq!(table.next_id(1), None);
         assert_eq!(table.end(first), Ok((1, 10)));
-        assert_eq!(table.end(first), Err(Fault::AnsweredTwice(first)));
+        assert_eq!(table.end(first), Err(NotDue::Twice(first)));
         table.begin(1, 20);
         // An answer to the slot's request before is not one to this.
-        assert_eq!(table.end(first), Err(Fault::UnknownAnswer(first)));
+        assert_eq!(table.end(first), Err(NotDue::Unknown(first)));
         assert_eq!(table.in_flight(), 1);
         for id in [0, 1, 2, 1 << 32, u64::MAX, first | 1 << 31] {
-            assert_eq!(table.end(id), Err(Fault::UnknownAnswer(id)));
+            assert_eq!(table.end(id), Err(NotDue::Unknown(id)));
         }
         assert_eq!(table.next_id(2), None);
     }
@@ -97,6 +101,6 @@ mod tests {
     #[test]
     fn no_id_is_ever_zero() {
         assert_eq!(next(u32::MAX), 1);
-        assert_ne!(Table::<1>::new().next_id(0), Some(0));
+        assert_ne!(Table::<u32, 1>::new().next_id(0), Some(0));
     }
 }

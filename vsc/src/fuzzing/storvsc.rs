@@ -1,48 +1,34 @@
-//! Entry points for fuzzers: any bytes are welcome, and what has to hold whatever they are is
-//! asserted. libFuzzer calls them, and so do ordinary tests, with its corpus.
+//! A storage controller that answers what it likes.
 
-use core::array;
 use core::cell::RefCell;
-use core::sync::atomic::{AtomicU64, Ordering};
 
-use vmbus::mapped::SingleMapped;
-use vmbus::packet::{PacketFlags, PacketKind};
-use vmbus::ring::{Control, Incoming, Outgoing};
+use vmbus::packet::PacketKind;
+use vmbus::ring::{Incoming, Outgoing};
 use vmbus::vstor::{NtStatus, Operation, Properties, ScsiRequest, SrbStatus, VstorPacket};
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::{Memory, Root};
 use crate::Channel;
 use crate::storvsc::{Command, Disk, PageList, Pages, Queue, Scratch, words};
 
-/// Words in each ring's data area.
-const RING: usize = 256;
 /// Slots of the queue.
 const DEPTH: usize = 4;
 
 /// A controller that follows a script, and otherwise the protocol.
-struct Root<'a> {
-    script: &'a [u8],
+struct Controller<'a> {
+    root: Root<'a>,
     /// Whether it answers what it was asked, between its lies.
     honest: bool,
-    incoming: Incoming<SingleMapped<'a>>,
-    outgoing: Outgoing<SingleMapped<'a>>,
-    down: SingleMapped<'a>,
-    up: SingleMapped<'a>,
 }
 
-impl Root<'_> {
-    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (bytes, rest) = self.script.split_first_chunk::<N>()?;
-        self.script = rest;
-        Some(*bytes)
-    }
-
+impl Controller<'_> {
     /// One step of the script, or an honest answer; false at the end of the script.
     fn act(&mut self) -> bool {
         if self.honest {
             self.answer();
         }
-        let Some([step, slot, generation, detail]) = self.take() else { return false };
+        let root = &mut self.root;
+        let Some([step, slot, generation, detail]) = root.take() else { return false };
         let id = u64::from(generation) << 32 | u64::from(slot);
         match step % 16 {
             // An answer that is whole, with details from the script.
@@ -52,59 +38,30 @@ impl Root<'_> {
                 if step >> 4 == 0 {
                     packet.operation = Operation::CompleteIo;
                 }
-                let rest = self.script;
-                let _ = self.take::<16>();
+                let rest = root.script;
+                let _ = root.take::<16>();
                 for (to, from) in packet.payload.iter_mut().zip(rest.iter().take(16)) {
                     *to = *from;
                 }
                 let id = if step & 8 == 0 { id } else { u64::MAX - u64::from(slot) };
-                self.push(PacketKind::Completion, id, packet.as_bytes());
+                root.push(PacketKind::Completion, id, &[], packet.as_bytes());
             }
             // A packet of any kind and length.
             6..9 => {
-                let (bytes, rest) = self
-                    .script
-                    .split_at_checked(usize::from(detail) * 2)
-                    .unwrap_or((self.script, &[]));
-                self.script = rest;
-                self.push(PacketKind(u16::from(step >> 4)), id, bytes);
+                let bytes = root.take_up_to(usize::from(detail) * 2);
+                root.push(PacketKind(u16::from(step >> 4)), id, &[], bytes);
             }
-            // Its indices.
-            9..12 => {
-                if let Some(index) = self.take() {
-                    let index = u32::from_le_bytes(index);
-                    let (down, up) = (self.down.control, self.up.control);
-                    match detail % 4 {
-                        0 => down.write_index.store(index, Ordering::Relaxed),
-                        1 => up.read_index.store(index % (RING as u32 * 8), Ordering::Relaxed),
-                        2 => down.write_index.store(index & 0x7f8, Ordering::Relaxed),
-                        _ => down.pending_send_size.store(index, Ordering::Relaxed),
-                    }
-                }
-            }
-            // What lies in its ring.
-            12 => {
-                if let Some(word) = self.take()
-                    && let Some(place) = self.down.data.get(usize::from(detail))
-                {
-                    place.store(u64::from_le_bytes(word), Ordering::Relaxed);
-                }
-            }
+            9..12 => root.meddle(detail),
+            12 => root.scribble(detail),
             _ => self.answer(),
         }
         true
     }
 
-    fn push(&mut self, kind: PacketKind, id: u64, payload: &[u8]) {
-        let _ = self.outgoing.free();
-        let _ = self.outgoing.push(kind, PacketFlags::NONE, id, &[payload]);
-        let _ = self.outgoing.publish();
-    }
-
     /// Answers one request as it should be.
     fn answer(&mut self) {
         let mut buffer = [0; 512];
-        let Ok(Some(packet)) = self.incoming.read(&mut buffer) else { return };
+        let Ok(Some(packet)) = self.root.incoming.read(&mut buffer) else { return };
         let id = packet.transaction_id;
         let Ok((asked, _)) = VstorPacket::read_from_prefix(packet.payload) else { return };
         let answer = match (asked.operation, asked.body::<ScsiRequest>()) {
@@ -118,18 +75,18 @@ impl Root<'_> {
             }
             _ => VstorPacket::answer(NtStatus::Success, &[]),
         };
-        self.push(PacketKind::Completion, id, answer.as_bytes());
-        let _ = self.incoming.publish();
+        self.root.push(PacketKind::Completion, id, &[], answer.as_bytes());
+        let _ = self.root.incoming.publish();
     }
 }
 
 /// What a controller can write, were there one.
-struct Memory<'a> {
+struct Answers<'a> {
     list: PageList<{ words(1) }>,
     bytes: &'a [u8],
 }
 
-impl Scratch for Memory<'_> {
+impl Scratch for Answers<'_> {
     fn pages(&mut self, len: u32) -> Option<Pages<'_>> {
         self.list.resize(len).then(|| self.list.pages())
     }
@@ -145,17 +102,12 @@ impl Scratch for Memory<'_> {
 /// keeps to the protocol in between.
 pub fn fuzz_storvsc(data: &[u8]) {
     let Some((&choice, script)) = data.split_first() else { return };
-    let (up, down) = (Control::new(), Control::new());
-    let up_data: [AtomicU64; RING] = array::from_fn(|_| AtomicU64::new(0));
-    let down_data: [AtomicU64; RING] = array::from_fn(|_| AtomicU64::new(0));
-    let up = SingleMapped { control: &up, data: &up_data };
-    let down = SingleMapped { control: &down, data: &down_data };
-
-    let rings = (Incoming::new(up), Outgoing::new(down), Incoming::new(down), Outgoing::new(up));
-    let (Ok(incoming), Ok(outgoing), Ok(answers), Ok(requests)) = rings else { return };
-    let honest = choice & 1 != 0;
-    let root = RefCell::new(Root { script, honest, incoming, outgoing, down, up });
-    let act = || root.borrow_mut().act();
+    let memory = Memory::new();
+    let [up, down] = memory.rings();
+    let (Ok(answers), Ok(requests)) = (Incoming::new(down), Outgoing::new(up)) else { return };
+    let Some(root) = Root::new(&memory, script) else { return };
+    let controller = RefCell::new(Controller { root, honest: choice & 1 != 0 });
+    let act = || controller.borrow_mut().act();
 
     let channel = Channel::new(answers, requests, || {});
     let Ok((mut queue, agreement)) =
@@ -167,9 +119,9 @@ pub fn fuzz_storvsc(data: &[u8]) {
     assert!(agreement.subchannels <= agreement.max_subchannels.min(3));
 
     let Some(list) = PageList::<{ words(1) }>::new(4096, 0, [1]) else { return };
-    let mut memory = Memory { list: list.clone(), bytes: script };
+    let mut answers = Answers { list: list.clone(), bytes: script };
     if choice & 8 != 0
-        && let Ok(Some(disk)) = Disk::identify(&mut queue, choice >> 4, &mut memory, act)
+        && let Ok(Some(disk)) = Disk::identify(&mut queue, choice >> 4, &mut answers, act)
     {
         assert!(disk.blocks > 0 && disk.block_size >= 512);
         assert!(disk.physical_block_size >= disk.block_size);

@@ -1,6 +1,8 @@
 //! A controller and a guest's client of it in one process, over real rings.
 #![allow(dead_code)] // each test program uses its part
 
+pub mod nic;
+
 use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
