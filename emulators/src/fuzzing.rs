@@ -48,7 +48,7 @@ pub fn fuzz_pci(mut data: &[u8]) {
             pci.read(offset, &mut [0xff; 4][..width]);
         }
         window.write(u64::from(u16::from(choice) << 6), &[choice]);
-        assert_eq!(decode.base().map_or(0, |base| base % chipset::BUS_MASTER_PORTS), 0);
+        assert_eq!(decode.base().map_or(0, |base| base % u32::from(chipset::BUS_MASTER_PORTS)), 0);
     }
     // Identities stay, whatever was written.
     for (function, id) in

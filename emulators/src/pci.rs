@@ -4,49 +4,83 @@
 //!
 //! A function is 256 bytes and a mask that says which bits of them a guest can change; that alone
 //! makes the sizing of base address registers work. What a function *does* stands elsewhere: a
-//! function with an I/O range shares a [`Decode`] with the device behind the range, and
-//! [`IoWindow`] finds the device at whatever base the guest has chosen last.
+//! function with a range of ports or of memory shares a [`Decode`] with the device behind the range,
+//! and [`IoWindow`] or [`MemoryWindow`] finds the device at whatever base the guest has chosen last.
+//!
+//! There is no firmware that would give functions their places, so each has one from the start.
+//! Interrupt pins lead to the lines of [`IRQS`], which functions share ([`SharedLine`]).
 
 pub mod chipset;
+mod line;
+pub mod nic;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hypervisor::Device;
+use hypervisor::{Device, layout};
+
+pub use line::SharedLine;
 
 /// Command register: the function answers at its I/O ranges.
 pub const COMMAND_IO: u16 = 1 << 0;
+/// Command register: the function answers at its memory ranges.
+pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command register: the function may access memory by itself.
 pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
 
 const COMMAND: usize = 0x04;
 const HEADER_TYPE: usize = 0x0e;
 const MULTIFUNCTION: u8 = 0x80;
+const INTERRUPT_LINE: usize = 0x3c;
+const INTERRUPT_PIN: usize = 0x3d;
+
+/// The first device number that is no chip's.
+pub const FIRST_SLOT: u8 = 3;
+/// The device numbers that a bus has.
+pub const SLOTS: u8 = 32;
+
+/// The ISA interrupts that interrupt pins are wired to: nobody else has them, and they reach PICs and
+/// I/O APIC alike.
+pub const IRQS: [u8; 3] = [10, 11, 5];
+
+/// Which of [`IRQS`] the first interrupt pin of a device is wired to.
+pub const fn irq_of(device: u8) -> u8 {
+    IRQS[device.wrapping_sub(FIRST_SLOT) as usize % IRQS.len()]
+}
 
 /// Offset of base address register `n`.
 const fn bar(n: usize) -> usize {
     0x10 + 4 * n
 }
 
-/// Where a function's I/O range is at the moment and what it may do. Written with the
-/// configuration space, read at each access, from any thread.
-#[derive(Debug, Default)]
-pub struct Decode(AtomicU32);
+/// Where a function's range is at the moment and what it may do. Written with the configuration
+/// space, read at each access, from any thread.
+#[derive(Debug)]
+pub struct Decode {
+    /// The base, and the command register below it.
+    value: AtomicU64,
+    /// The bit of the command register that has the function answer.
+    enable: u16,
+}
 
 impl Decode {
-    fn set(&self, base: u16, command: u16) {
-        self.0.store(u32::from(base) << 16 | u32::from(command), Ordering::Release);
+    fn new(enable: u16) -> Self {
+        Self { value: AtomicU64::new(0), enable }
+    }
+
+    fn set(&self, base: u32, command: u16) {
+        self.value.store(u64::from(base) << 16 | u64::from(command), Ordering::Release);
     }
 
     fn command(&self) -> u16 {
-        self.0.load(Ordering::Acquire) as u16
+        self.value.load(Ordering::Acquire) as u16
     }
 
-    /// The first port of the range, if the function answers there.
-    pub fn base(&self) -> Option<u16> {
-        let value = self.0.load(Ordering::Acquire);
-        let base = (value >> 16) as u16;
-        (value as u16 & COMMAND_IO != 0 && base != 0).then_some(base)
+    /// The first port or address of the range, if the function answers there.
+    pub fn base(&self) -> Option<u32> {
+        let value = self.value.load(Ordering::Acquire);
+        let base = (value >> 16) as u32;
+        (value as u16 & self.enable != 0 && base != 0).then_some(base)
     }
 
     /// Whether the function may access memory.
@@ -61,20 +95,20 @@ pub struct Function {
     bytes: [u8; 256],
     /// Bits that a guest can change.
     writable: [u8; 256],
-    /// Who follows its I/O range: which base address register that is, and what to keep current.
-    io: Option<(usize, Arc<Decode>)>,
+    /// Who follows its ranges: which base address register that is, and what to keep current.
+    ranges: Vec<(usize, Arc<Decode>)>,
 }
 
 impl Function {
     /// A function that is nothing but its identity: base class, sub-class and programming
     /// interface are the bytes of `class`, from the top.
     pub fn new(vendor: u16, device: u16, class: u32, revision: u8) -> Self {
-        let mut function = Self { bytes: [0; 256], writable: [0; 256], io: None };
+        let mut function = Self { bytes: [0; 256], writable: [0; 256], ranges: Vec::new() };
         function.put(0x00, &vendor.to_le_bytes());
         function.put(0x02, &device.to_le_bytes());
         function.put(0x08, &(class << 8 | u32::from(revision)).to_le_bytes());
         function.allow(0x0c, &[0xff, 0xff]); // cache line size, latency timer
-        function.allow(0x3c, &[0xff]); // interrupt line, a note of the firmware's
+        function.allow(INTERRUPT_LINE, &[0xff]); // a note of the firmware's
         function
     }
 
@@ -99,10 +133,34 @@ impl Function {
         const IS_IO: u16 = 1;
         self.put(bar(n), &(base | IS_IO).to_le_bytes());
         self.allow(bar(n), &(!(ports - 1)).to_le_bytes());
-        let decode = Arc::new(Decode::default());
-        self.io = Some((n, Arc::clone(&decode)));
-        self.follow();
+        let decode = self.decode(n, COMMAND_IO);
         (self, decode)
+    }
+
+    /// Gives it base address register `n`, `bytes` of memory (a power of two, 16 at least) that start
+    /// at `base`, for 32-bit addresses and without prefetching.
+    #[must_use]
+    fn with_memory(mut self, n: usize, base: u32, bytes: u32) -> (Self, Arc<Decode>) {
+        self.put(bar(n), &base.to_le_bytes());
+        self.allow(bar(n), &(!(bytes - 1)).to_le_bytes());
+        let decode = self.decode(n, COMMAND_MEMORY);
+        (self, decode)
+    }
+
+    /// Gives it interrupt pin A, and notes where that is wired to as a firmware would.
+    #[must_use]
+    fn with_pin(mut self, irq: u8) -> Self {
+        self.put(INTERRUPT_LINE, &[irq]);
+        self.put(INTERRUPT_PIN, &[1]);
+        self
+    }
+
+    /// A follower of base address register `n`.
+    fn decode(&mut self, n: usize, enable: u16) -> Arc<Decode> {
+        let decode = Arc::new(Decode::new(enable));
+        self.ranges.push((n, Arc::clone(&decode)));
+        self.follow();
+        decode
     }
 
     fn word(&self, offset: usize) -> u16 {
@@ -111,8 +169,12 @@ impl Function {
     }
 
     fn follow(&self) {
-        if let Some((n, decode)) = &self.io {
-            decode.set(self.word(bar(*n)) & !3, self.word(COMMAND));
+        let command = self.word(COMMAND);
+        for (n, decode) in &self.ranges {
+            let base = u32::from(self.word(bar(*n))) | u32::from(self.word(bar(*n) + 2)) << 16;
+            // The lowest bits say what kind of range it is.
+            let kind = if decode.enable == COMMAND_IO { 3 } else { 0xf };
+            decode.set(base & !kind, command);
         }
     }
 
@@ -217,12 +279,35 @@ impl Device for ConfigPorts {
     }
 }
 
-/// The I/O ports in which functions have their ranges: it finds out at each access which one is
-/// there, so that a guest may move them while its processors run.
+/// Functions' ranges of one kind: it finds out at each access which one is there, so that a guest may
+/// move them while its processors run.
 #[derive(Default)]
-pub struct IoWindow {
-    ranges: Vec<(Arc<Decode>, u16, Arc<dyn Device>)>,
+struct Ranges(Vec<(Arc<Decode>, u32, Arc<dyn Device>)>);
+
+impl Ranges {
+    fn find(&self, address: u64, len: usize) -> Option<(&dyn Device, u64)> {
+        self.0.iter().find_map(|(decode, size, device)| {
+            let inside = address.checked_sub(decode.base()?.into())?;
+            (inside + len as u64 <= u64::from(*size)).then_some((&**device, inside))
+        })
+    }
+
+    fn read(&self, address: u64, data: &mut [u8]) {
+        if let Some((device, offset)) = self.find(address, data.len()) {
+            device.read(offset, data);
+        }
+    }
+
+    fn write(&self, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.find(address, data.len()) {
+            device.write(offset, data);
+        }
+    }
 }
+
+/// The I/O ports in which functions have their ranges.
+#[derive(Default)]
+pub struct IoWindow(Ranges);
 
 impl IoWindow {
     /// The first port.
@@ -232,29 +317,39 @@ impl IoWindow {
 
     /// Puts `device` where `decode` says, `ports` wide.
     pub fn add(&mut self, decode: Arc<Decode>, ports: u16, device: Arc<dyn Device>) {
-        self.ranges.push((decode, ports, device));
-    }
-
-    fn find(&self, offset: u64, len: usize) -> Option<(&dyn Device, u64)> {
-        self.ranges.iter().find_map(|(decode, ports, device)| {
-            let port = offset + u64::from(Self::PORT);
-            let inside = port.checked_sub(decode.base()?.into())?;
-            (inside + len as u64 <= u64::from(*ports)).then_some((&**device, inside))
-        })
+        self.0.0.push((decode, ports.into(), device));
     }
 }
 
 impl Device for IoWindow {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if let Some((device, offset)) = self.find(offset, data.len()) {
-            device.read(offset, data);
-        }
+        self.0.read(offset + u64::from(Self::PORT), data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.find(offset, data.len()) {
-            device.write(offset, data);
-        }
+        self.0.write(offset + u64::from(Self::PORT), data);
+    }
+}
+
+/// The addresses in which functions have their ranges: [`layout::PCI_MMIO_START`] and
+/// [`layout::PCI_MMIO_SIZE`].
+#[derive(Default)]
+pub struct MemoryWindow(Ranges);
+
+impl MemoryWindow {
+    /// Puts `device` where `decode` says, `bytes` wide.
+    pub fn add(&mut self, decode: Arc<Decode>, bytes: u32, device: Arc<dyn Device>) {
+        self.0.0.push((decode, bytes, device));
+    }
+}
+
+impl Device for MemoryWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset + layout::PCI_MMIO_START.0, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset + layout::PCI_MMIO_START.0, data);
     }
 }
 

@@ -28,14 +28,19 @@ pub const QUIET_BUS_MASTER_PORTS: [(u16, u16); 4] = [
     (BUS_MASTER_PORT + 12, 4),
 ];
 
-/// Puts the chips on the bus. Returns where the IDE function's bus-master registers are.
+/// Puts the chips on the bus, with the IDE function. Returns where its bus-master registers are.
 pub fn populate(bus: &mut ConfigPorts) -> Arc<Decode> {
-    bus.add(0, 0, host_bridge());
-    bus.add(PIIX4, 0, isa_bridge());
+    populate_without_ide(bus);
     let (ide, decode) = ide();
     bus.add(PIIX4, 1, ide);
-    bus.add(PIIX4, 3, power_management());
     decode
+}
+
+/// Puts the chips on the bus for a machine that has no IDE disks.
+pub fn populate_without_ide(bus: &mut ConfigPorts) {
+    bus.add(0, 0, host_bridge());
+    bus.add(PIIX4, 0, isa_bridge());
+    bus.add(PIIX4, 3, power_management());
 }
 
 /// 82441FX. What it does about memory matters to a firmware, which none of our guests is yet.

@@ -88,7 +88,7 @@ fn bars_are_sized_and_moved() {
     bus.write(IDE, 0x20, u32::MAX);
     assert_eq!(bus.read(IDE, 0x20), 0xfff1, "16 ports, 16 bits");
     bus.write(IDE, 0x20, 0xd340);
-    assert_eq!((bus.read(IDE, 0x20), bus.decode.base()), (0xd341, Some(0xd340)));
+    assert_eq!((bus.read(IDE, 0x20), bus.decode.base()), (0xd341, Some(0xd340_u32)));
     assert!(!bus.decode.is_bus_master());
     bus.write(IDE, 4, 4);
     assert_eq!((bus.decode.is_bus_master(), bus.decode.base()), (true, None));
@@ -119,4 +119,29 @@ fn the_window_follows_the_bar() {
     let mut data = [0xff];
     window.read(0, &mut data);
     assert_eq!(data, [0xff]);
+}
+
+#[test]
+fn memory_ranges_are_sized_and_found() {
+    let mut ports = ConfigPorts::new(Arc::new(Recorder::default()));
+    let base = layout::PCI_MMIO_START.0 as u32;
+    let (function, decode) = Function::new(1, 2, 0x02_0000, 0).with_memory(0, base, 0x2_0000);
+    let mut function = function.with_pin(irq_of(4));
+    function.allow(COMMAND, &COMMAND_MEMORY.to_le_bytes());
+    ports.add(4, 0, function);
+    let bus = Bus { ports, reset: Arc::default(), decode };
+    let device = Arc::new(Recorder::default());
+    let mut window = MemoryWindow::default();
+    window.add(Arc::clone(&bus.decode), 0x2_0000, Arc::clone(&device) as _);
+
+    window.write(0, &[1]);
+    assert_eq!(bus.read(4 << 3, 0x3c), 0x0100 | u32::from(irq_of(4)));
+    bus.write(4 << 3, 0x10, u32::MAX);
+    assert_eq!(bus.read(4 << 3, 0x10), 0xfffe_0000);
+    bus.write(4 << 3, 0x10, base + 0x4_0000);
+    bus.write(4 << 3, 4, COMMAND_MEMORY.into());
+    window.write(0, &[2]);
+    window.write(0x4_0010, &[3; 4]);
+    window.write(0x5_fffe, &[4; 4]);
+    assert_eq!(*device.0.lock().unwrap(), [(0x10, vec![3; 4])]);
 }
