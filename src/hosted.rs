@@ -149,6 +149,18 @@ impl Ports for HostedGuest {
         self.processor.port_write(port, 4, &value.to_le_bytes());
     }
 
+    fn load_32(&self, address: u32) -> u32 {
+        let mut data = [0; 4];
+        self.processor.mmio_read(address.into(), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn store_32(&self, address: u32, value: u32) {
+        // The message orders what both processes have mapped no less than a processor would.
+        fence(Ordering::SeqCst);
+        self.processor.mmio_write(address.into(), 4, value.into());
+    }
+
     fn read_string(&self, port: u16, words: &[AtomicU64]) {
         let memory = self.processor.memory_start();
         let gpa = words.as_ptr().addr().wrapping_sub(memory.as_ptr().addr());

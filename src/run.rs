@@ -40,6 +40,7 @@ Examples:
       --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
   partita run --kernel vmlinuz --initrd initrd.img --nic backend=tap:tap0,mac=52:54:00:12:34:56
   partita run --builtin 'identify; bench rw=read bs=4k depth=32 time=2s' --disk path=a.img
+  partita run --builtin 'exchange len=64' --nic backend=switch:a --nic backend=switch:a
 
 Disks take path=PATH and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
 attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. With
@@ -49,14 +50,17 @@ the first that writes owns the disk. A comma in a value is written twice.
 NICs take backend=tap:NAME and, separated by commas: mac=ADDRESS, mtu=68..9000, queues=1..64.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
-  identify [disk=N]
+  identify [disk=N | nic=N]
   verify   [disk=N] [bytes=16M] [bs=64k] [depth=8] [seed=N] [vps=1]    overwrites the disk
   bench    [disk=N] [pattern=rand|seq] [rw=read|write] [bs=4k] [depth=1] [time=1s] [spin=100us]
            [vps=1]
   checksum [disk=N] [bytes=16M] [bs=64k] [depth=8] [vps=1]
+  exchange [nic=0] [peer=1] [len=1500] [depth=32] [frames=N] [time=1s] [spin=100us] [seed=N]
 Disks are counted from 0: synthetic ones by controller and LUN, then those on IDE channels, which
 also take transfer=dma|pio. rw=write overwrites the disk. vps=N has N of the --cpus share the work,
-each with depth requests in flight on a channel of its own.")]
+each with depth requests in flight on a channel of its own. NICs are counted from 0, too. An exchange
+sends frames of len bytes from nic to peer and back at the same time, depth of them under way each
+way, until there were so many or the time is over, and compares every byte that arrives.")]
 pub struct Run {
     /// The kernel: a bzImage or an ELF vmlinux
     #[arg(long, value_name = "FILE")]

@@ -203,12 +203,53 @@ fn an_ide_disk_is_worked_on_by_dma_and_by_pio() {
     }
 }
 
+/// The number in a field of a line of JSON.
+fn number(line: &str, key: &str) -> u64 {
+    let (_, rest) = line.split_once(&format!("\"{key}\":")).unwrap();
+    rest.split([',', '}']).next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn nics_exchange_frames() {
+    for partition in partitions() {
+        let folder = tempfile::tempdir().unwrap();
+        let capture = folder.path().join("frames.pcapng");
+        let first = format!("backend=switch:a,mac=02:00:00:00:00:01,pcap={}", capture.display());
+        let text = output(&[
+            "run",
+            "--partition",
+            partition,
+            "--builtin",
+            "identify; exchange frames=500; exchange nic=1 peer=0 len=64 depth=1 frames=20",
+            "--nic",
+            &first,
+            "--nic",
+            "backend=switch:a",
+            "--memory",
+            "64M",
+        ]);
+        let nic = r#""nic":0,"driver":"netvsc","mac":"02:00:00:00:00:01","mtu":1500,"link":"up""#;
+        assert!(text.contains(nic), "{text}");
+        let results: Vec<&str> =
+            text.lines().filter(|line| line.contains(r#""result":"exchange""#)).collect();
+        assert_eq!(results.len(), 2, "{text}");
+        for (line, frames) in results.into_iter().zip([1000, 40]) {
+            assert_eq!((number(line, "frames"), number(line, "lost")), (frames, 0), "{line}");
+            assert_eq!((number(line, "duplicates"), number(line, "reordered")), (0, 0), "{line}");
+        }
+        // Both directions have been where the capture is.
+        let captured = std::fs::metadata(&capture).unwrap().len();
+        assert!(captured > 1000 * 1500 + 40 * 64, "{captured} bytes");
+    }
+}
+
 #[test]
 fn what_goes_wrong_in_the_guest_is_the_programs_status() {
     for partition in partitions() {
         for (work, status, said) in [
             ("verify disk=7", 1, "there is no disk 7; there are 0, counted from 0"),
             ("checksum disk=0", 1, "there is no disk 0; there are 0, counted from 0"),
+            ("exchange", 1, "there is no NIC 0; there are 0, counted from 0"),
         ] {
             let work = format!("--builtin={work}");
             let output = partita(&["run", "--partition", partition, &work, "--memory", "32M"]);

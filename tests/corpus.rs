@@ -57,6 +57,11 @@ fn ata_answers() {
 }
 
 #[test]
+fn e1000_answers() {
+    replay("e1000_answers", guest_drivers::fuzzing::fuzz_e1000);
+}
+
+#[test]
 fn hosted_intercepts() {
     replay("hosted_intercepts", hypervisor::hosted::fuzzing::fuzz_intercepts);
 }

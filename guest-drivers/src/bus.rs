@@ -6,7 +6,7 @@ use thiserror::Error;
 use vmbus::Guid;
 use vmbus::client::{Client, ConnectionError, Contact, Event, RequestError};
 use vmbus::mapped::SingleMapped;
-use vmbus::protocol::{OfferChannel, Relid, USER_DATA, Version};
+use vmbus::protocol::{GpadlId, OfferChannel, Relid, USER_DATA, Version};
 use vmbus::ring::{Incoming, Outgoing, RingError};
 use vsc::{Channel, Signal};
 
@@ -36,8 +36,8 @@ pub enum BusError {
     /// No answer.
     #[error("the root does not answer")]
     TimedOut,
-    /// The root refuses a ring's pages.
-    #[error("the root refused the pages of a ring with status {0:#x}")]
+    /// The root refuses pages that it was to share.
+    #[error("the root refused the pages of a ring or a buffer with status {0:#x}")]
     GpadlRefused(u32),
     /// The root refuses a channel.
     #[error("the root refused to open channel {relid} with status {status:#x}")]
@@ -72,6 +72,15 @@ impl<'w> OpenRings<'w> {
         let doorbell = Signal { hypercalls: Calls(platform), connection: self.connection };
         let (incoming, outgoing) = (Incoming::new(self.incoming)?, Outgoing::new(self.outgoing)?);
         Ok(Channel::new(incoming, outgoing, doorbell))
+    }
+}
+
+/// Waits for an interrupt, for an answer of a device's that should not take long; false if it did.
+pub(crate) fn waiting<P: Platform>(platform: &P) -> impl FnMut() -> bool {
+    let until = platform.now().saturating_add(PATIENCE);
+    move || {
+        platform.idle();
+        platform.now() < until
     }
 }
 
@@ -140,16 +149,8 @@ impl<'w, P: Platform> Bus<'w, P> {
         let offer = self.client.offer(relid).ok_or(BusError::Rescinded(relid))?;
         let connection = offer.connection;
 
+        let gpadl = self.share(relid, pages)?;
         let deadline = self.deadline();
-        let gpadl = self.client.create_gpadl(&mut Calls(platform), relid, pages.numbers())?;
-        loop {
-            match self.next_event(deadline)? {
-                Event::GpadlCreated(id) if id == gpadl => break,
-                Event::GpadlRefused { status, .. } => return Err(BusError::GpadlRefused(status)),
-                Event::Rescinded(gone) if gone == relid => return Err(BusError::Rescinded(relid)),
-                _ => {}
-            }
-        }
         let downstream = u32::try_from(half).map_err(|_| BusError::Memory)?;
         let no_data = &[0; USER_DATA];
         self.client.open(&mut Calls(platform), relid, gpadl, downstream, vp, no_data)?;
@@ -164,6 +165,22 @@ impl<'w, P: Platform> Bus<'w, P> {
             }
         }
         Ok(OpenRings { outgoing, incoming, connection })
+    }
+
+    /// Gives the root access to `pages`, for the device that channel `relid` leads to, as long as the
+    /// guest is on the bus.
+    pub fn share(&mut self, relid: Relid, pages: Pages<'w>) -> Result<GpadlId, BusError> {
+        let bus = &mut Calls(self.platform);
+        let gpadl = self.client.create_gpadl(bus, relid, pages.numbers())?;
+        let deadline = self.deadline();
+        loop {
+            match self.next_event(deadline)? {
+                Event::GpadlCreated(id) if id == gpadl => return Ok(gpadl),
+                Event::GpadlRefused { status, .. } => return Err(BusError::GpadlRefused(status)),
+                Event::Rescinded(gone) if gone == relid => return Err(BusError::Rescinded(relid)),
+                _ => {}
+            }
+        }
     }
 
     /// Takes leave of the root; all memory is the guest's again after that.

@@ -120,7 +120,9 @@ pub fn find<'w, P: Platform>(
 ) -> Result<[Option<Channel<'w, P>>; 2], BlockError> {
     let (vendor, device) = PIIX4_IDE;
     let mut channels = [None, None];
-    let Some(function) = pci::find(platform, vendor, device) else { return Ok(channels) };
+    let Some(function) = pci::find(platform, vendor, device).next() else {
+        return Ok(channels);
+    };
     function.enable(platform);
     let master = function.io_base(platform, MASTER_BAR);
     for ((index, place), slot) in (0..).zip(PLACES).zip(&mut channels) {

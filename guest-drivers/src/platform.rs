@@ -54,8 +54,8 @@ pub struct PortWrite {
     pub value: u8,
 }
 
-/// A PC's ports, and the interrupts of the devices behind them. What is written here already is a
-/// machine without any: reads give ones, and writes go nowhere.
+/// A PC's ports, the addresses where devices have registers, and these devices' interrupts. What is
+/// written here already is a machine without any: reads give ones, and writes go nowhere.
 ///
 /// Every access may be an intercept, which costs more than anything else that a driver does.
 pub trait Ports {
@@ -84,6 +84,14 @@ pub trait Ports {
 
     /// `rep outsd`: writes `words`, which lie in [`Platform::memory`], 32 bits at a time.
     fn write_string(&self, _port: u16, _words: &[AtomicU64]) {}
+
+    /// A load of 32 bits from `address`, below 4 GiB, where a device has a register.
+    fn load_32(&self, _address: u32) -> u32 {
+        u32::MAX
+    }
+
+    /// A store of 32 bits to such an address. What was written to memory before is seen before it.
+    fn store_32(&self, _address: u32, _value: u32) {}
 
     /// From now on the rising edge of an ISA interrupt ends a [sleep](Platform::idle), as a message
     /// or an event does.

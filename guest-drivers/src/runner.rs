@@ -4,6 +4,7 @@
 //! {"event":"connected","bus":"vmbus","version":"5.3","offers":1}
 //! {"event":"opened","channel":1,"driver":"storvsc","controller":0,"disks":1,"channels":1}
 //! {"event":"found","driver":"ide","controller":0,"disks":1}
+//! {"event":"found","driver":"e1000","nic":0}
 //! {"begin":"verify disk=0"}
 //! {"result":"verify","disk":0,"bytes":16777216, … }
 //! ```
@@ -12,13 +13,16 @@
 
 mod bench;
 mod checksum;
+mod exchange;
 mod flow;
+mod nics;
 mod parts;
 mod random;
 mod verify;
 
 use core::fmt::Display;
 
+use nics::Nics;
 use parts::Seat;
 use thiserror::Error;
 use vmbus::protocol::Relid;
@@ -29,9 +33,10 @@ use crate::bus::{Bus, BusError};
 use crate::ide::{self, Transfer};
 use crate::json::Object;
 use crate::memory::Pages;
+use crate::net::NicError;
 use crate::platform::Platform;
 use crate::storvsc::{Controller, LUNS, RING_PAGES};
-use crate::work::{self, Work};
+use crate::work::{self, Identify, Work};
 
 /// Controllers that are looked at.
 const CONTROLLERS: usize = 4;
@@ -55,6 +60,9 @@ pub enum RunError {
     /// With a disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// With a NIC.
+    #[error(transparent)]
+    Nic(#[from] NicError),
     /// A disk that is not there.
     #[error("there is no disk {asked}; there are {found}, counted from 0")]
     NoDisk {
@@ -62,6 +70,41 @@ pub enum RunError {
         asked: u32,
         /// How many there are.
         found: usize,
+    },
+    /// A NIC that is not there.
+    #[error("there is no NIC {asked}; there are {found}, counted from 0")]
+    NoNic {
+        /// Which was to be worked with.
+        asked: u32,
+        /// How many there are.
+        found: usize,
+    },
+    /// One NIC instead of two.
+    #[error("NIC {0} is to exchange frames with itself; nic= and peer= are two")]
+    OneNic(u32),
+    /// A frame that a NIC does not take.
+    #[error("frames of {len} bytes are too long; one of the NICs takes {longest}")]
+    FrameLength {
+        /// As asked for.
+        len: u16,
+        /// What it takes.
+        longest: usize,
+    },
+    /// What arrived is not what was sent.
+    #[error("frame {number} has arrived with another byte {byte} than it was sent with")]
+    FrameDiffers {
+        /// Which frame of its direction.
+        number: u64,
+        /// The first byte that differs.
+        byte: usize,
+    },
+    /// Nothing arrives.
+    #[error("no frame arrives any more between NIC {nic} and NIC {peer}")]
+    Silence {
+        /// One of them.
+        nic: u32,
+        /// The other.
+        peer: u32,
     },
     /// More processors than can work on the disk.
     #[error("{asked} processors are to work on the disk, which {found} can")]
@@ -170,18 +213,28 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
     tell(platform, connected.number("offers", bus.offers().count()));
 
     let mut disks = Disks::open(platform, &mut bus, &mut memory)?;
+    let mut nics = Nics::open(platform, &mut bus, &mut memory)?;
     for task in command_line.split(';').map(str::trim).filter(|task| !task.is_empty()) {
         // It was read before.
         let Some(Ok(work)) = work::parse(task).next() else { continue };
         tell(platform, Object::default().string("begin", task));
         match work {
-            Work::Identify { disk } => {
-                let all = 0..u32::try_from(disks.count).unwrap_or(u32::MAX);
-                for number in disk.map_or(all, |disk| disk..disk.saturating_add(1)) {
+            Work::Identify(which) => {
+                let all = |count| 0..u32::try_from(count).unwrap_or(u32::MAX);
+                let one = |number: u32| number..number.saturating_add(1);
+                let (of_disks, of_nics) = match which {
+                    Identify::All => (all(disks.count), all(nics.count())),
+                    Identify::Disk(number) => (one(number), 0..0),
+                    Identify::Nic(number) => (0..0, one(number)),
+                };
+                for number in of_disks {
                     disks.with(number, None, |disk| {
                         tell(platform, identify(number, disk));
                         Ok(())
                     })?;
+                }
+                for number in of_nics {
+                    tell(platform, nics.identify(number)?);
                 }
             }
             Work::Verify(verify) => {
@@ -201,6 +254,10 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
                     tell(platform, bench.run(Seat::new(platform, disk, memory))?);
                     Ok(())
                 })?;
+            }
+            Work::Exchange(exchange) => {
+                let pair = nics.pair([exchange.nic, exchange.peer])?;
+                tell(platform, exchange.run(platform, pair)?);
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::block::{
     Request,
 };
 use crate::boot::MAX_VPS;
-use crate::bus::OpenRings;
+use crate::bus::{OpenRings, waiting};
 use crate::memory::{PAGE, Pages};
 use crate::platform::{Calls, Platform};
 
@@ -23,9 +23,6 @@ pub const LUNS: usize = 64;
 
 /// Pages of the longest transfer.
 const TRANSFER_PAGES: usize = 32;
-
-/// How long a controller may take for an answer while it is set up.
-const PATIENCE: u64 = 10_000_000_000;
 
 type ScsiQueue<'w, P> = Queue<SingleMapped<'w>, Signal<Calls<'w, P>>, { MAX_DEPTH as usize }>;
 
@@ -53,15 +50,6 @@ impl Scratch for ScratchPage<'_> {
 
     fn read(&self, bytes: &mut [u8]) {
         self.page.read(bytes);
-    }
-}
-
-/// Waits for an interrupt, for an answer that should not take long.
-fn waiting<P: Platform>(platform: &P) -> impl FnMut() -> bool {
-    let until = platform.now().saturating_add(PATIENCE);
-    move || {
-        platform.idle();
-        platform.now() < until
     }
 }
 

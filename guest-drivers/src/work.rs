@@ -1,7 +1,8 @@
 //! What the guest is to do, as it is written on a command line.
 //!
 //! ```text
-//! identify; verify disk=0 bytes=16M; bench disk=0 pattern=rand rw=read bs=4k depth=32 time=500ms
+//! identify; verify disk=0 bytes=16M; bench disk=0 pattern=rand rw=read bs=4k depth=32 time=500ms;
+//! exchange nic=0 peer=1 len=1500 depth=32 time=500ms
 //! ```
 //!
 //! Tasks are parted by semicolons, and a task's settings by spaces. Sizes are in bytes or in units
@@ -12,6 +13,7 @@ use thiserror::Error;
 use crate::block::MAX_DEPTH;
 use crate::boot::MAX_VPS;
 use crate::ide::Transfer;
+use crate::net::{LONGEST, SHORTEST};
 
 /// The longest transfer that can be asked for.
 const MAX_BLOCK: u64 = 128 << 10;
@@ -19,17 +21,27 @@ const MAX_BLOCK: u64 = 128 << 10;
 /// One task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Say what disks there are, or what this one is.
-    Identify {
-        /// Which; all if it is not said.
-        disk: Option<u32>,
-    },
+    /// Say what disks and NICs there are, or what this one is.
+    Identify(Identify),
     /// Write a pattern, read it back, compare. What was on the disk is gone.
     Verify(Verify),
     /// Read, and say what the sum of it is.
     Checksum(Checksum),
     /// Measure.
     Bench(Bench),
+    /// Send frames from one NIC to another, and back.
+    Exchange(Exchange),
+}
+
+/// Settings of `identify`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identify {
+    /// All disks and all NICs.
+    All,
+    /// One disk.
+    Disk(u32),
+    /// One NIC.
+    Nic(u32),
 }
 
 /// Settings of `verify`.
@@ -91,6 +103,27 @@ pub struct Bench {
     pub transfer: Option<Transfer>,
 }
 
+/// Settings of `exchange`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exchange {
+    /// One of the NICs, counted as `identify` does.
+    pub nic: u32,
+    /// The other.
+    pub peer: u32,
+    /// Bytes of a frame, its check sequence not counted.
+    pub len: u16,
+    /// Frames under way at a time, each way.
+    pub depth: u16,
+    /// How many frames, each way.
+    pub frames: u64,
+    /// Nanoseconds, after which no more of them are sent.
+    pub time: u64,
+    /// Nanoseconds for which the guest looks for a frame before it sleeps.
+    pub spin: u64,
+    /// What the frames' contents begin with.
+    pub seed: u64,
+}
+
 /// An order of blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
@@ -133,10 +166,10 @@ impl Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum WorkError<'a> {
     /// Nothing to do.
-    #[error("there is no work; say identify, verify, checksum or bench")]
+    #[error("there is no work; say identify, verify, checksum, bench or exchange")]
     Nothing,
     /// An unknown task.
-    #[error("'{0}' is no work; say identify, verify, checksum or bench")]
+    #[error("'{0}' is no work; say identify, verify, checksum, bench or exchange")]
     Task(&'a str),
     /// A word without an equals sign.
     #[error("'{0}' is not KEY=VALUE")]
@@ -166,6 +199,10 @@ pub enum WorkError<'a> {
 const VERIFY_KEYS: &str = "disk, transfer, bytes, bs, depth, seed, vps";
 const CHECKSUM_KEYS: &str = "disk, transfer, bytes, bs, depth, vps";
 const BENCH_KEYS: &str = "disk, transfer, pattern, rw, bs, depth, time, spin, vps";
+const EXCHANGE_KEYS: &str = "nic, peer, len, depth, frames, time, spin, seed";
+
+/// What disks' and NICs' patterns begin with.
+const SEED: u64 = 0x5061_7274_6974_6121;
 
 /// The tasks of `line`, in order.
 pub fn parse(line: &str) -> impl Iterator<Item = Result<Work, WorkError<'_>>> {
@@ -186,6 +223,7 @@ fn parse_task(task: &str) -> Result<Work, WorkError<'_>> {
         "verify" => verify(settings),
         "checksum" => checksum(settings),
         "bench" => bench(settings),
+        "exchange" => exchange(settings),
         other => Err(WorkError::Task(other)),
     }
 }
@@ -193,15 +231,16 @@ fn parse_task(task: &str) -> Result<Work, WorkError<'_>> {
 fn identify<'a>(
     settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
 ) -> Result<Work, WorkError<'a>> {
-    let mut disk = None;
+    let mut which = Identify::All;
     for setting in settings {
         let setting = setting?;
         match setting.key {
-            "disk" => disk = Some(setting.disk()?),
-            _ => return Err(setting.unknown("identify", "disk")),
+            "disk" => which = Identify::Disk(setting.disk()?),
+            "nic" => which = Identify::Nic(setting.nic()?),
+            _ => return Err(setting.unknown("identify", "disk, nic")),
         }
     }
-    Ok(Work::Identify { disk })
+    Ok(Work::Identify(which))
 }
 
 fn verify<'a>(
@@ -212,7 +251,7 @@ fn verify<'a>(
         bytes: 16 << 20,
         bs: 64 << 10,
         depth: 8,
-        seed: 0x5061_7274_6974_6121,
+        seed: SEED,
         vps: 1,
         transfer: None,
     };
@@ -288,6 +327,41 @@ fn bench<'a>(
     Ok(Work::Bench(bench))
 }
 
+fn exchange<'a>(
+    settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
+) -> Result<Work, WorkError<'a>> {
+    let mut exchange = Exchange {
+        nic: 0,
+        peer: 1,
+        len: 1500,
+        depth: 32,
+        frames: u64::MAX,
+        time: 1_000_000_000,
+        spin: 100_000,
+        seed: SEED,
+    };
+    let mut time = None;
+    for setting in settings {
+        let setting = setting?;
+        match setting.key {
+            "nic" => exchange.nic = setting.nic()?,
+            "peer" => exchange.peer = setting.nic()?,
+            "len" => exchange.len = setting.frame()?,
+            "depth" => exchange.depth = setting.depth()?,
+            "frames" => {
+                exchange.frames = setting.size(1..=u64::MAX, "a number of frames, each way")?;
+                exchange.time = u64::MAX;
+            }
+            "time" => time = Some(setting.time("a time such as 500ms, up to 3600s")?),
+            "spin" => exchange.spin = setting.time("a time such as 100us")?,
+            "seed" => exchange.seed = setting.size(0..=u64::MAX, "a number")?,
+            _ => return Err(setting.unknown("exchange", EXCHANGE_KEYS)),
+        }
+    }
+    exchange.time = time.unwrap_or(exchange.time);
+    Ok(Work::Exchange(exchange))
+}
+
 #[derive(Clone, Copy)]
 struct Setting<'a> {
     key: &'a str,
@@ -334,6 +408,16 @@ impl<'a> Setting<'a> {
         self.value.parse().map_err(|_| self.impossible("the number of a disk, from 0"))
     }
 
+    fn nic(self) -> Result<u32, WorkError<'a>> {
+        self.value.parse().map_err(|_| self.impossible("the number of a NIC, from 0"))
+    }
+
+    fn frame(self) -> Result<u16, WorkError<'a>> {
+        let len = self.value.parse().ok();
+        len.filter(|len| (SHORTEST..=LONGEST).contains(&usize::from(*len)))
+            .ok_or_else(|| self.impossible("60 to 1514"))
+    }
+
     fn transfer(self) -> Result<Transfer, WorkError<'a>> {
         match self.value {
             "dma" => Ok(Transfer::Dma),
@@ -370,9 +454,11 @@ impl<'a> Setting<'a> {
 }
 
 const _: () = assert!(MAX_DEPTH == 64 && MAX_VPS == 8, "the messages say so");
+const _: () = assert!(SHORTEST == 60 && LONGEST == 1514, "the messages say so");
 
 #[cfg(test)]
 mod tests {
+    use std::format;
     use std::string::{String, ToString};
     use std::vec::Vec;
 
@@ -382,15 +468,17 @@ mod tests {
 
     #[test]
     fn a_line_with_everything() {
-        let line = " identify; identify disk=2 ;verify disk=1 bytes=1M bs=512 depth=2 seed=7 vps=3;\
+        let line = " identify; identify disk=2 ; identify nic=1;verify disk=1 bytes=1M bs=512 depth=2 seed=7 vps=3;\
                     bench pattern=seq rw=write bs=128k depth=64 time=2s spin=0us disk=3 \
-                    transfer=dma; checksum disk=1 transfer=pio;";
+                    transfer=dma; checksum disk=1 transfer=pio; exchange; \
+                    exchange nic=2 peer=3 len=64 depth=1 frames=1k time=1ms spin=2us seed=9";
         let works: Vec<_> = parse(line).collect::<Result<_, _>>().unwrap();
         assert_eq!(
             works,
             [
-                Work::Identify { disk: None },
-                Work::Identify { disk: Some(2) },
+                Work::Identify(Identify::All),
+                Work::Identify(Identify::Disk(2)),
+                Work::Identify(Identify::Nic(1)),
                 Work::Verify(Verify {
                     disk: 1,
                     bytes: 1 << 20,
@@ -419,6 +507,26 @@ mod tests {
                     transfer: Some(Transfer::Pio),
                     vps: 1,
                 }),
+                Work::Exchange(Exchange {
+                    nic: 0,
+                    peer: 1,
+                    len: 1500,
+                    depth: 32,
+                    frames: u64::MAX,
+                    time: 1_000_000_000,
+                    spin: 100_000,
+                    seed: SEED,
+                }),
+                Work::Exchange(Exchange {
+                    nic: 2,
+                    peer: 3,
+                    len: 64,
+                    depth: 1,
+                    frames: 1024,
+                    time: 1_000_000,
+                    spin: 2_000,
+                    seed: 9,
+                }),
             ]
         );
     }
@@ -429,14 +537,12 @@ mod tests {
 
     #[test]
     fn refusals_say_what_would_be_right() {
-        assert_eq!(refusal(""), "there is no work; say identify, verify, checksum or bench");
-        assert_eq!(refusal(" ; "), "there is no work; say identify, verify, checksum or bench");
-        assert_eq!(
-            refusal("format"),
-            "'format' is no work; say identify, verify, checksum or bench"
-        );
+        let words = "say identify, verify, checksum, bench or exchange";
+        assert_eq!(refusal(""), format!("there is no work; {words}"));
+        assert_eq!(refusal(" ; "), format!("there is no work; {words}"));
+        assert_eq!(refusal("format"), format!("'format' is no work; {words}"));
         assert_eq!(refusal("verify fast"), "'fast' is not KEY=VALUE");
-        assert_eq!(refusal("identify lun=0"), "identify knows no 'lun'; it knows disk");
+        assert_eq!(refusal("identify lun=0"), "identify knows no 'lun'; it knows disk, nic");
         assert_eq!(
             refusal("bench bs=5000"),
             "bs=5000 is not possible; bs is a multiple of 512 up to 128k"
@@ -450,6 +556,16 @@ mod tests {
         assert_eq!(
             refusal("checksum transfer=udma"),
             "transfer=udma is not possible; transfer is dma or pio, for a disk on an IDE channel"
+        );
+        assert_eq!(refusal("exchange len=59"), "len=59 is not possible; len is 60 to 1514");
+        assert_eq!(refusal("exchange len=1515"), "len=1515 is not possible; len is 60 to 1514");
+        assert_eq!(
+            refusal("exchange frames=0"),
+            "frames=0 is not possible; frames is a number of frames, each way"
+        );
+        assert_eq!(
+            refusal("exchange disk=0"),
+            "exchange knows no 'disk'; it knows nic, peer, len, depth, frames, time, spin, seed"
         );
         assert_eq!(
             refusal("identify; verify bytes=-1"),

@@ -59,7 +59,8 @@ fn guest(ide: &IdeDisks, scsi: Option<Arc<dyn Disk>>) -> (Guest, Ide, Host) {
     let host = Host::new(memory.clone(), root, 1, devices).unwrap();
     let (sink, started) = (host.sink(), Instant::now());
     let (ports, lines) = (Arc::new(ports), Mutex::default());
-    (Guest { world, vp: 0, memory, ports, sink, started, lines }, ide, host)
+    let mmio = Arc::new(Bus::mmio());
+    (Guest { world, vp: 0, memory, ports, mmio, sink, started, lines }, ide, host)
 }
 
 /// Runs `work` with these disks; returns the status and the lines.

@@ -34,8 +34,9 @@ fn run_on(vps: u32, disks: &[&[Arc<dyn backends::block::Disk>]], work: &str) -> 
     let root = Arc::new(Root(Arc::clone(&world)));
     let host = Host::new(memory.clone(), root, vps, devices.collect()).unwrap();
     let sink = host.sink();
-    let (ports, started) = (Arc::new(Bus::ports()), Instant::now());
-    let guest = Guest { world, vp: 0, memory, ports, sink, started, lines: Mutex::default() };
+    let (ports, mmio) = (Arc::new(Bus::ports()), Arc::new(Bus::mmio()));
+    let started = Instant::now();
+    let guest = Guest { world, vp: 0, memory, ports, mmio, sink, started, lines: Mutex::default() };
     let status = runner::run(&guest, work);
     (status, guest.lines.into_inner().unwrap())
 }
@@ -188,7 +189,7 @@ fn work_that_is_not_understood_is_not_begun() {
     assert_eq!(status, status::MISUNDERSTOOD);
     assert_eq!(
         lines,
-        [r#"{"error":"'format' is no work; say identify, verify, checksum or bench"}"#]
+        [r#"{"error":"'format' is no work; say identify, verify, checksum, bench or exchange"}"#]
     );
 }
 

@@ -67,6 +67,8 @@ struct PostMessage {
 /// A processor, and what it shares with the hypervisor.
 pub(crate) struct Machine {
     memory: Pages<'static>,
+    /// Where RAM ends.
+    memory_end: u64,
     messages: NonNull<u8>,
     events: NonNull<u8>,
     interrupts: NonNull<AtomicU64>,
@@ -124,6 +126,7 @@ impl Machine {
         let memory = unsafe { Pages::new(pointer(start)?, start / PAGE as u64, pages) };
         Ok(Self {
             memory,
+            memory_end: parameters.memory_end,
             messages: pointer(messages)?,
             events: pointer(events)?,
             interrupts: pointer(area + area::INTERRUPTS as u64)?.cast(),
@@ -183,6 +186,19 @@ impl Ports for Machine {
 
     fn write_32(&self, port: u16, value: u32) {
         supervisor::write_port_32(port, value);
+    }
+
+    fn load_32(&self, address: u32) -> u32 {
+        supervisor::load_32(address)
+    }
+
+    fn store_32(&self, address: u32, value: u32) {
+        // A register that a lying device says is where memory is shall not be one.
+        if u64::from(address) >= self.memory_end {
+            fence(Ordering::SeqCst);
+            // SAFETY: RAM ends below, and the first 4 GiB are mapped.
+            unsafe { supervisor::store_32(address, value) };
+        }
     }
 
     fn read_string(&self, port: u16, words: &[AtomicU64]) {

@@ -177,6 +177,14 @@ supervisor_read_port_32:
     in eax, dx
     iretq
 
+supervisor_load_32:
+    mov eax, [rdi]
+    iretq
+
+supervisor_store_32:
+    mov [rdi], esi
+    iretq
+
 supervisor_read_string_32:
     mov rcx, rdx
     mov edx, edi
@@ -404,6 +412,19 @@ pub(crate) fn read_port_8(port: u16) -> u8 {
 /// Reads a doubleword from a port.
 pub(crate) fn read_port_32(port: u16) -> u32 {
     call!("supervisor_read_port_32", u64::from(port), 0u64, 0u64).0 as u32
+}
+
+/// Reads a register of a device, which is at this address.
+pub(crate) fn load_32(address: u32) -> u32 {
+    call!("supervisor_load_32", u64::from(address), 0u64, 0u64).0 as u32
+}
+
+/// Writes a register of a device.
+///
+/// # Safety
+/// The address is a device's, and no memory.
+pub(crate) unsafe fn store_32(address: u32, value: u32) {
+    call!("supervisor_store_32", u64::from(address), u64::from(value), 0u64);
 }
 
 /// Reads doublewords from a port.

@@ -136,6 +136,7 @@ pub struct Guest {
     pub vp: usize,
     pub memory: GuestMemory,
     pub ports: Arc<Bus>,
+    pub mmio: Arc<Bus>,
     pub sink: Arc<dyn MessageSink>,
     pub started: Instant,
     pub lines: Mutex<Vec<String>>,
@@ -165,6 +166,16 @@ impl Ports for Guest {
 
     fn write_32(&self, port: u16, value: u32) {
         self.ports.write(port.into(), &value.to_le_bytes());
+    }
+
+    fn load_32(&self, address: u32) -> u32 {
+        let mut data = [0; 4];
+        self.mmio.read(address.into(), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn store_32(&self, address: u32, value: u32) {
+        self.mmio.write(address.into(), &value.to_le_bytes());
     }
 
     fn read_string(&self, port: u16, words: &[AtomicU64]) {
@@ -254,6 +265,7 @@ impl Platform for Guest {
                     vp,
                     memory: self.memory.clone(),
                     ports: Arc::clone(&self.ports),
+                    mmio: Arc::clone(&self.mmio),
                     sink: Arc::clone(&self.sink),
                     started: self.started,
                     lines: Mutex::default(),
