@@ -4,6 +4,7 @@
 //! since processors call it at the same time.
 
 mod alarm;
+mod e1000;
 
 pub mod fuzzing;
 mod i8042;
@@ -17,6 +18,7 @@ mod rtc;
 mod smbus;
 mod uart;
 
+pub use e1000::{E1000, E1000Config, E1000Counters, MAX_MTU as E1000_MAX_MTU};
 pub use i8042::I8042;
 pub use ide::{DriveError, Ide, IdeCounters, IdeDisks, Place as IdePlace};
 pub use irqchip::InterruptChips;

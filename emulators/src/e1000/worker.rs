@@ -1,0 +1,284 @@
+//! The worker: a thread with an io_uring of its own, in which the guest's doorbell and the network
+//! complete alike. It moves frames while the processors move registers.
+//!
+//! Its turn: look at the registers, take frames to send, hand on those that have come, tell the
+//! registers, enter the kernel once for all of it. For as long as it looks at the guest's rings it
+//! holds [`Shared::rings`], so that whoever takes a ring away can wait until it is done with it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use backends::net::{Completion, Completions, Network, Queue, QueueConfig};
+use backends::uring::{Doorbell, Tag, Token, Uring};
+use hypervisor::GuestMemory;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::bits::cause;
+use super::filter::Settings;
+use super::receive::{self, Receive};
+use super::transmit::{self, Limits, Transmit, Way};
+use super::{Shared, lock};
+
+const DOORBELL: Token = Token::new(Tag::WORKER, 0);
+/// The queue's operations in the worker's ring.
+const QUEUE: Tag = Tag(1);
+/// Operations between two enters.
+const ENTRIES: u32 = 512;
+
+/// Fields are dropped in order: the io_uring and the queue before what their buffers point to.
+pub(super) struct Worker {
+    uring: Uring,
+    queue: Box<dyn Queue>,
+    transmit: Transmit,
+    receive: Receive,
+    memory: GuestMemory,
+    shared: Arc<Shared>,
+    doorbell: Doorbell<Arc<EventFd>>,
+    done: Completions,
+    limits: Limits,
+    settings: Settings,
+    settings_epoch: u32,
+    /// What the registers have been seen to change.
+    changes: u32,
+    /// How many of the io_uring's system calls are counted.
+    enters: u64,
+}
+
+impl Worker {
+    /// Made in the thread that will run it, as an io_uring belongs to its thread.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        memory: GuestMemory,
+        network: &dyn Network,
+        mtu: u16,
+    ) -> io::Result<Self> {
+        let mut uring = Uring::new(ENTRIES)?;
+        let doorbell = Doorbell::new(Arc::clone(&shared.doorbell), DOORBELL);
+        doorbell.arm(&mut uring)?;
+        let (sends, receives) = (transmit::FRAMES, receive::BUFFERS);
+        let link = network.link();
+        // Segments are cut and checksums made here, while frames are copied.
+        network.set_receive_offloads(link.gives)?;
+        let config = QueueConfig { index: 0, tag: QUEUE, sends, receives };
+        let queue = network.queue(config, &mut uring)?;
+        let settings = lock(&shared.registers).settings().clone();
+        let limits =
+            Limits { mtu, takes: link.takes, tags: settings.tags, tag_type: settings.tag_type };
+        Ok(Self {
+            uring,
+            queue,
+            transmit: Transmit::new(),
+            receive: Receive::new(),
+            memory,
+            shared,
+            doorbell,
+            done: Completions::with_capacity(usize::from(sends) + usize::from(receives) + 1),
+            limits,
+            settings,
+            // Not that of the registers, so that the first turn takes them.
+            settings_epoch: u32::MAX,
+            changes: 0,
+            enters: 0,
+        })
+    }
+
+    /// Serves the NIC until it is to stop and the network has given all buffers back.
+    pub(super) fn run(&mut self) -> io::Result<()> {
+        let mut recalled = false;
+        loop {
+            let stopping = self.shared.stop.load(Ordering::Acquire);
+            let mut progress = 0;
+            if !stopping {
+                progress += self.turn();
+            } else if !recalled {
+                recalled = true;
+                self.queue.recall(&mut self.uring, &mut self.done);
+            }
+            self.queue.turn(&mut self.uring, &mut self.done);
+            self.uring.submit()?;
+            self.hear()?;
+            progress += self.settle();
+            if stopping && self.queue.in_flight() == 0 {
+                return Ok(());
+            }
+            if progress == 0 {
+                self.sleep(stopping)?;
+            }
+        }
+    }
+
+    /// Moves frames between the guest's rings and the network. Returns how much was done.
+    fn turn(&mut self) -> u32 {
+        let shared = Arc::clone(&self.shared);
+        let _rings = lock(&shared.rings);
+        let registers = lock(&shared.registers);
+        self.changes = registers.changes;
+        if self.settings_epoch != registers.settings_epoch {
+            self.settings_epoch = registers.settings_epoch;
+            self.settings.clone_from(registers.settings());
+            self.limits.tags = self.settings.tags;
+            self.limits.tag_type = self.settings.tag_type;
+        }
+        let master = shared.decode.is_bus_master();
+        let (sends, receives) = (registers.transmits() && master, registers.receives() && master);
+        let (out, into) = (registers.transmit, registers.receive);
+        drop(registers);
+
+        let mut progress = 0;
+        self.transmit.follow(&out);
+        let mut head = self.transmit.write_back(&out, &self.memory);
+        if sends {
+            let mut way =
+                Way { queue: &mut *self.queue, uring: &mut self.uring, done: &mut self.done };
+            progress += self.transmit.run(&out, &self.limits, &self.memory, &mut way);
+            // What has left at once, as on a switch.
+            progress += settle(&mut self.done, &mut self.transmit, &mut self.receive, &shared);
+            head = self.transmit.write_back(&out, &self.memory).or(head);
+        }
+        self.receive.follow(&into);
+        if receives {
+            progress += self.receive.run(&into, &self.settings, &self.memory);
+        } else {
+            self.receive.discard();
+        }
+        let mut way = Way { queue: &mut *self.queue, uring: &mut self.uring, done: &mut self.done };
+        self.receive.offer(&mut way);
+
+        self.tell(out.epoch, head, into.epoch, into.tail);
+        progress
+    }
+
+    /// Tells the registers what has been done.
+    fn tell(&mut self, sent_epoch: u32, sent_head: Option<u32>, into_epoch: u32, into_tail: u32) {
+        let received_head = self.receive.head();
+        let (sent, received) = (&mut self.transmit.tally, &mut self.receive.tally);
+        let counters = &self.shared.counters;
+        let mut registers = lock(&self.shared.registers);
+        let registers = &mut *registers;
+        let now = self.shared.now();
+        if registers.transmit.epoch == sent_epoch
+            && let Some(head) = sent_head
+        {
+            registers.transmit.head = head;
+            if sent.report_now || sent.report_later {
+                registers.interrupts.sent(!sent.report_now, now);
+            }
+            if registers.transmit.head == registers.transmit.tail {
+                registers.interrupts.add(cause::TXQE);
+            }
+        }
+        if registers.receive.epoch == into_epoch {
+            registers.receive.head = received_head;
+            if !received.frames.is_empty() || received.lost > 0 {
+                registers.interrupts.received(now);
+            }
+            if received.few_left {
+                registers.interrupts.add(cause::RXDMT0);
+            }
+        }
+        // Descriptors that have come meanwhile are a reason not to sleep.
+        registers.starved = received.starved;
+        if received.starved && registers.receive.tail != into_tail {
+            registers.changes = registers.changes.wrapping_add(1);
+        }
+        for (len, to) in sent.frames.drain(..) {
+            registers.statistics.sent(len, to);
+            counters.sent_bytes.add(len.into());
+            counters.sent.add(1);
+        }
+        (0..sent.cut).for_each(|_| registers.statistics.cut());
+        counters.malformed.add(sent.malformed.into());
+        for (len, to) in received.frames.drain(..) {
+            registers.statistics.received(len, to);
+            counters.received_bytes.add(len.into());
+            counters.received.add(1);
+        }
+        (0..received.lost).for_each(|_| registers.statistics.lost());
+        (0..received.too_long).for_each(|_| registers.statistics.too_long());
+        if received.starved {
+            registers.statistics.waits();
+        }
+        counters.lost.add(received.lost.into());
+        counters.unwanted.add(u64::from(received.unwanted) + u64::from(received.too_long));
+        sent.clear();
+        received.clear();
+        self.shared.show(registers, now);
+    }
+
+    /// Takes what the kernel has done.
+    fn hear(&mut self) -> io::Result<()> {
+        while let Some(cqe) = self.uring.next() {
+            if cqe.token == DOORBELL {
+                self.doorbell.heard(&cqe, &mut self.uring)?;
+                self.shared.counters.signals.add(1);
+            } else {
+                self.queue.complete(&cqe, &mut self.uring, &mut self.done);
+            }
+        }
+        let enters = self.uring.counters().enters;
+        self.shared.counters.enters.add(enters - self.enters);
+        self.enters = enters;
+        Ok(())
+    }
+
+    fn settle(&mut self) -> u32 {
+        settle(&mut self.done, &mut self.transmit, &mut self.receive, &self.shared)
+    }
+
+    /// Sleeps until something has happened, or an interrupt is due.
+    fn sleep(&mut self, stopping: bool) -> io::Result<()> {
+        let now = self.shared.now();
+        let deadline = {
+            let mut registers = lock(&self.shared.registers);
+            registers.interrupts.tick(now);
+            self.shared.show(&mut registers, now);
+            let deadline = registers.interrupts.deadline();
+            if !stopping && !registers.sleep(self.changes, deadline.unwrap_or(u64::MAX)) {
+                return Ok(());
+            }
+            deadline
+        };
+        if self.queue.prepare_to_sleep() {
+            match deadline {
+                Some(deadline) if !stopping => {
+                    let timeout = Duration::from_nanos(deadline.saturating_sub(now).max(1));
+                    self.uring.submit_and_wait_timeout(1, timeout)?;
+                }
+                _ => self.uring.submit_and_wait(1)?,
+            }
+        }
+        lock(&self.shared.registers).awake();
+        Ok(())
+    }
+}
+
+/// Takes what has happened on the network. Returns how much that was.
+fn settle(
+    done: &mut Completions,
+    transmit: &mut Transmit,
+    receive: &mut Receive,
+    shared: &Shared,
+) -> u32 {
+    let mut count = 0;
+    while let Some(completion) = done.pop() {
+        count += 1;
+        match completion {
+            Completion::Sent { id, result } => {
+                transmit.sent(id);
+                if result.is_err() {
+                    shared.counters.send_drops.add(1);
+                }
+            }
+            Completion::Received { id, len, offload } => receive.arrived(id, len, offload),
+            Completion::Returned { id } => receive.returned(id),
+            Completion::Link(up) => {
+                let mut registers = lock(&shared.registers);
+                registers.plug(up);
+                shared.show(&mut registers, shared.now());
+            }
+        }
+    }
+    count
+}
