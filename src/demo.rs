@@ -132,6 +132,7 @@ fn boot_in(
     ide.attach(None, None, ide_path)?;
     let config = MachineConfig {
         ide,
+        nics: Vec::new(),
         prefers_vmbus: false,
         guest: Guest::Builtin { work: WORK.to_owned() },
         memory: MEMORY,

@@ -1,21 +1,25 @@
 //! A machine: a partition with memory, legacy devices and an operating system to boot.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
-use emulators::pci::{ConfigPorts, IoWindow, chipset};
+use emulators::pci::{self, ConfigPorts, IoWindow, MemoryWindow, SharedLine, chipset};
 use emulators::{
-    ApmPorts, DebugPort, I8042, Ide, IdeCounters, IdeDisks, IdePlace, InterruptChips, Nothing, Pit,
-    PmBlock, ResetRegister, Rtc, SmBus, SystemControl, Uart,
+    ApmPorts, DebugPort, E1000, E1000Config, E1000Counters, I8042, Ide, IdeCounters, IdeDisks,
+    IdePlace, InterruptChips, Nothing, Pit, PmBlock, ResetRegister, Rtc, SmBus, SystemControl,
+    Uart,
 };
 use hypervisor::hosted::HostedPartition;
 use hypervisor::kvm::{self, HyperV, Irqchip, KernelCounters, KvmPartition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
 use hypervisor::{
     BootState, Bus, ExitCounters, GuestMemory, Partition, PartitionError, StopHandle, StopReason,
+    layout,
 };
 
 use crate::boot::{BuiltinBoot, LinuxBoot};
@@ -40,8 +44,17 @@ pub struct MachineConfig {
     pub irqchip: IrqchipOption,
     /// Its IDE disks. If there are any, it has a PCI bus with a controller for them.
     pub ide: IdeDisks,
+    /// Its emulated NICs, which are on the PCI bus too.
+    pub nics: Vec<E1000Config>,
     /// Whether each of them is on the VMBus too, so that Linux may be told to take it there.
     pub prefers_vmbus: bool,
+}
+
+impl MachineConfig {
+    /// Whether it has a PCI bus.
+    fn has_pci(&self) -> bool {
+        !self.ide.is_empty() || !self.nics.is_empty()
+    }
 }
 
 /// What a machine runs in.
@@ -111,7 +124,7 @@ impl Guest {
         Ok(match self {
             Self::Linux { kernel, initrd, command_line } => {
                 let initrd = initrd.as_deref();
-                let (pci, prefers_vmbus) = (!config.ide.is_empty(), config.prefers_vmbus);
+                let (pci, prefers_vmbus) = (config.has_pci(), config.prefers_vmbus);
                 LinuxBoot { kernel, initrd, command_line, vps, pci, prefers_vmbus }.load(memory)?
             }
             Self::Builtin { work } => {
@@ -258,6 +271,7 @@ pub struct Machine {
     uart: Arc<Uart>,
     pm: Arc<PmBlock>,
     ide: Option<Ide>,
+    nics: Vec<E1000>,
     exit: Option<Arc<ExitPort>>,
 }
 
@@ -287,11 +301,11 @@ impl Machine {
         let pm = Arc::new(PmBlock::new(sci, stop.clone()));
         ports.add("PM", PmBlock::PORT.into(), PmBlock::PORTS.into(), Arc::clone(&pm) as _)?;
         let reset = Arc::new(ResetRegister::new(stop.clone()));
-        let ide = if config.ide.is_empty() {
-            ports.add("reset register", ResetRegister::PORT.into(), 1, reset)?;
-            None
+        let (ide, nics) = if config.has_pci() {
+            add_pci(&mut ports, &mut mmio, &*partition, reset, config)?
         } else {
-            Some(add_pci(&mut ports, &*partition, reset, &config.ide)?)
+            ports.add("reset register", ResetRegister::PORT.into(), 1, reset)?;
+            (None, Vec::new())
         };
 
         let exit = matches!(config.guest, Guest::Builtin { .. })
@@ -308,7 +322,7 @@ impl Machine {
         add_odd_ports(&mut ports, &*partition, stop)?;
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
-        Ok(Self { partition, kind, kernel_counters, ports, mmio, chips, uart, pm, ide, exit })
+        Ok(Self { partition, kind, kernel_counters, ports, mmio, chips, uart, pm, ide, nics, exit })
     }
 
     /// Its RAM.
@@ -349,6 +363,11 @@ impl Machine {
     /// What its IDE controller counted, if it has one.
     pub fn ide_counters(&self) -> Option<IdeCounters> {
         self.ide.as_ref().map(Ide::counters)
+    }
+
+    /// What its emulated NICs counted, in their order.
+    pub fn nic_counters(&self) -> Vec<E1000Counters> {
+        self.nics.iter().map(E1000::counters).collect()
     }
 
     /// Its interrupt controllers, for their counters, if they are not the kernel's.
@@ -399,25 +418,47 @@ fn add_odd_ports(
     Ok(())
 }
 
-/// Puts a PCI bus into the machine, with the chips that an IDE controller is part of. `reset` is the
-/// reset register, which lies between the bus's ports.
+/// Puts a PCI bus into the machine, with its chips and what is on them. `reset` is the reset
+/// register, which lies between the bus's ports.
 fn add_pci(
     ports: &mut Bus,
+    mmio: &mut Bus,
     partition: &dyn Partition,
     reset: Arc<ResetRegister>,
-    disks: &IdeDisks,
-) -> anyhow::Result<Ide> {
-    let mut pci = ConfigPorts::new(reset);
-    let decode = chipset::populate(&mut pci);
+    config: &MachineConfig,
+) -> anyhow::Result<(Option<Ide>, Vec<E1000>)> {
+    let mut bus = ConfigPorts::new(reset);
+    let (mut window, mut memory_window) = (IoWindow::default(), MemoryWindow::default());
+    let ide = if config.ide.is_empty() {
+        chipset::populate_without_ide(&mut bus);
+        None
+    } else {
+        Some(add_ide(ports, &mut bus, &mut window, partition, &config.ide)?)
+    };
+    let nics = add_nics(&mut bus, &mut window, &mut memory_window, partition, &config.nics)?;
+
+    ports.add("SMBus", SmBus::PORT.into(), SmBus::PORTS.into(), Arc::new(SmBus::default()))?;
     ports.add(
         "PCI configuration",
         ConfigPorts::PORT.into(),
         ConfigPorts::PORTS.into(),
-        Arc::new(pci),
+        Arc::new(bus),
     )?;
+    ports.add("PCI I/O", IoWindow::PORT.into(), IoWindow::PORTS.into(), Arc::new(window))?;
+    let (start, size) = (layout::PCI_MMIO_START.0, layout::PCI_MMIO_SIZE);
+    mmio.add("PCI memory", start, size, Arc::new(memory_window))?;
+    Ok((ide, nics))
+}
 
-    ports.add("SMBus", SmBus::PORT.into(), SmBus::PORTS.into(), Arc::new(SmBus::default()))?;
-
+/// Puts the chips on the bus, with an IDE controller that has `disks`.
+fn add_ide(
+    ports: &mut Bus,
+    bus: &mut ConfigPorts,
+    window: &mut IoWindow,
+    partition: &dyn Partition,
+    disks: &IdeDisks,
+) -> anyhow::Result<Ide> {
+    let decode = chipset::populate(bus);
     let [first, second] = IdePlace::ALL.map(|place| partition.interrupt_line(place.irq.into()));
     let ide = Ide::new(partition.memory(), disks, [first?, second?])
         .context("cannot start the IDE controller")?;
@@ -431,8 +472,37 @@ fn add_pci(
     for (first, count) in chipset::QUIET_BUS_MASTER_PORTS {
         partition.defer_port_writes(first, count.into())?;
     }
-    let mut window = IoWindow::default();
     window.add(Arc::clone(&decode), chipset::BUS_MASTER_PORTS, ide.bus_master(decode));
-    ports.add("PCI I/O", IoWindow::PORT.into(), IoWindow::PORTS.into(), Arc::new(window))?;
     Ok(ide)
+}
+
+/// Puts NICs on the bus, each a device.
+fn add_nics(
+    bus: &mut ConfigPorts,
+    window: &mut IoWindow,
+    memory_window: &mut MemoryWindow,
+    partition: &dyn Partition,
+    configs: &[E1000Config],
+) -> anyhow::Result<Vec<E1000>> {
+    let mut lines = BTreeMap::new();
+    let mut nics = Vec::with_capacity(configs.len());
+    for (number, config) in (0..).zip(configs) {
+        let slot = pci::FIRST_SLOT + number;
+        let irq = pci::irq_of(slot);
+        let line = match lines.entry(irq) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                entry.insert(SharedLine::new(partition.interrupt_line(irq.into())?))
+            }
+        };
+        let (function, memory, ports) = pci::nic::function(slot);
+        let decode = Arc::clone(&memory);
+        let nic = E1000::new(number, config, partition.memory(), decode, line.end())
+            .with_context(|| format!("cannot start e1000 {number}"))?;
+        window.add(ports, pci::nic::PORTS, nic.ports());
+        memory_window.add(memory, pci::nic::MEMORY, nic.memory());
+        bus.add(slot, 0, function);
+        nics.push(nic);
+    }
+    Ok(nics)
 }

@@ -1,4 +1,4 @@
-//! What the NICs of `--nic` are plugged into, and the synthetic ones themselves.
+//! What the NICs of `--nic` are plugged into, and what they are.
 //!
 //! Networks are opened first and stay open over the guest's restarts, so that a tap that was made
 //! for it keeps its place in the host; the NICs are made anew.
@@ -14,6 +14,8 @@ use backends::net::switch::{PortOptions, Switch, SwitchOptions};
 use backends::net::tap::{Tap, TapOptions};
 use backends::net::user::User;
 use backends::net::{MacAddr, Network};
+use emulators::pci;
+use emulators::{E1000_MAX_MTU, E1000Config};
 use vsp::netvsp::{Nic, NicConfig};
 
 use crate::options::nic::{NicAttach, NicBackend, NicOption};
@@ -22,10 +24,15 @@ use crate::options::nic::{NicAttach, NicBackend, NicOption};
 /// with.
 const USER_MTU: u16 = 1500;
 
+/// The most emulated NICs: so many places are left on the PCI bus.
+const MOST_E1000: usize = (pci::SLOTS - pci::FIRST_SLOT) as usize;
+
 /// A NIC's cable and what is fixed about the NIC.
-pub struct Plugged {
-    config: NicConfig,
-    network: Arc<dyn Network>,
+pub enum Plugged {
+    /// One on the VMBus.
+    Synthetic(NicConfig, Arc<dyn Network>),
+    /// One on the PCI bus.
+    Emulated(E1000Config),
 }
 
 /// Opens what `options` name, for a guest of `vps` processors. NICs that name the same switch are
@@ -33,6 +40,11 @@ pub struct Plugged {
 pub fn plug(options: &[NicOption], vps: u32) -> anyhow::Result<Vec<Plugged>> {
     let mut switches = HashMap::new();
     let mut captures = HashSet::new();
+    let emulated = options.iter().filter(|option| option.attach == NicAttach::E1000).count();
+    ensure!(
+        emulated <= MOST_E1000,
+        "--nic: {emulated} with attach=e1000; the PCI bus has places for {MOST_E1000}"
+    );
     (0..)
         .zip(options)
         .map(|(number, option)| {
@@ -54,9 +66,13 @@ fn open(
     vps: u32,
     switches: &mut HashMap<String, Switch>,
 ) -> anyhow::Result<Plugged> {
-    if option.attach == NicAttach::E1000 {
-        bail!("attach=e1000 is not there yet; attach=netvsc is");
-    }
+    let vps = match (option.attach, option.queues) {
+        (NicAttach::Netvsc, _) => vps,
+        (NicAttach::E1000, None | Some(1)) => 1,
+        (NicAttach::E1000, Some(queues)) => {
+            bail!("queues={queues}: an e1000 has one queue; attach=netvsc has more")
+        }
+    };
     let mut network: Arc<dyn Network> = match &option.backend {
         NicBackend::Tap(name) => Arc::new(open_tap(name, option, vps)?),
         NicBackend::Switch { name, vlan, isolated } => {
@@ -74,15 +90,21 @@ fn open(
         network = Arc::new(Captured::new(network, path)?);
     }
     let link = network.link();
+    let address = option.mac.or(link.mac).unwrap_or_else(made_up);
+    let mtu = option.mtu.unwrap_or(link.mtu);
+    if option.attach == NicAttach::E1000 {
+        let mtu = mtu.min(E1000_MAX_MTU);
+        return Ok(Plugged::Emulated(E1000Config { address, mtu, network }));
+    }
     let wanted = option.queues.unwrap_or_else(|| u16::try_from(vps).unwrap_or(u16::MAX));
     let config = NicConfig {
         number,
-        address: option.mac.or(link.mac).unwrap_or_else(made_up),
-        max_mtu: option.mtu.unwrap_or(link.mtu),
+        address,
+        max_mtu: mtu,
         channels: link.queues.min(wanted),
         name: String::new(),
     };
-    Ok(Plugged { config, network })
+    Ok(Plugged::Synthetic(config, network))
 }
 
 /// A tap with as many queues as was said; else with one for each processor, if it can have more
@@ -106,8 +128,19 @@ fn made_up() -> MacAddr {
 }
 
 impl Plugged {
-    /// A NIC on this cable.
-    pub fn nic(&self) -> Nic {
-        Nic::new(self.config.clone(), Arc::clone(&self.network))
+    /// A synthetic NIC on this cable, if it is to have one.
+    pub fn synthetic(&self) -> Option<Nic> {
+        match self {
+            Self::Synthetic(config, network) => Some(Nic::new(config.clone(), Arc::clone(network))),
+            Self::Emulated(_) => None,
+        }
+    }
+
+    /// What the emulated NIC on this cable is to be, if it is to have one.
+    pub fn emulated(&self) -> Option<&E1000Config> {
+        match self {
+            Self::Synthetic(..) => None,
+            Self::Emulated(config) => Some(config),
+        }
     }
 }

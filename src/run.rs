@@ -19,7 +19,6 @@ use emulators::IdeDisks;
 use guest_drivers::work;
 use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
-use vsp::netvsp::Nic;
 use vsp::storvsp::{Controller, ControllerBuilder};
 
 use crate::machine::{Guest, Machine, MachineConfig};
@@ -28,7 +27,7 @@ use crate::options::nic::NicOption;
 use crate::options::{
     Attach, DiskOption, IrqchipOption, PartitionOption, SerialOption, Size, SynicOption,
 };
-use crate::statistics::Statistics;
+use crate::statistics::{NicStatistics, Statistics};
 use crate::terminal::Console;
 
 /// A guest's first machine and its restarts.
@@ -47,7 +46,9 @@ attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 a
 attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes:
 the first that writes owns the disk. A comma in a value is written twice.
 
-NICs take backend=tap:NAME and, separated by commas: mac=ADDRESS, mtu=68..9000, queues=1..64.
+NICs take backend=tap:NAME and, separated by commas: mac=ADDRESS, mtu=68..9000, queues=1..64, and
+attach=netvsc, which is a synthetic NIC, or attach=e1000, an Intel 82540EM on a PCI bus (its driver may
+set an MTU of up to 16366, if the network takes it).
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N | nic=N]
@@ -192,6 +193,7 @@ impl Run {
             synic,
             irqchip,
             ide: ide.disks.clone(),
+            nics: cables.iter().filter_map(Plugged::emulated).cloned().collect(),
             prefers_vmbus: ide.all_on_vmbus,
         };
         let mut console = None;
@@ -211,9 +213,16 @@ impl Run {
             let console = console.as_ref().expect("just made");
 
             let mut devices = controllers(&disks, &ide, config.vps)?;
-            let nics: Vec<_> = cables.iter().map(Plugged::nic).collect();
-            let nic_counters = nics.iter().map(Nic::counters).collect();
-            devices.extend(nics.into_iter().map(|nic| Box::new(nic) as Box<dyn Device>));
+            let mut emulated = machine.nic_counters().into_iter();
+            let mut nic_counters = Vec::with_capacity(cables.len());
+            for cable in &cables {
+                if let Some(nic) = cable.synthetic() {
+                    nic_counters.push(NicStatistics::Synthetic(nic.counters()));
+                    devices.push(Box::new(nic) as Box<dyn Device>);
+                } else {
+                    nic_counters.extend(emulated.next().map(NicStatistics::Emulated));
+                }
+            }
             let host = Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
                 .context("cannot start the VMBus")?;
             let sink = host.sink();

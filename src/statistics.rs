@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use emulators::{IdeCounters, InterruptChips};
+use emulators::{E1000Counters, IdeCounters, InterruptChips};
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{Bus, ExitCounters};
 use vmbus_server::Host;
@@ -21,13 +21,21 @@ pub struct Statistics {
     mmio: Arc<Bus>,
     chips: Option<Arc<InterruptChips>>,
     ide: Option<IdeCounters>,
-    nics: Vec<Arc<[NicCounters]>>,
+    nics: Vec<NicStatistics>,
     started: Instant,
+}
+
+/// What a NIC counts.
+pub enum NicStatistics {
+    /// A synthetic one, by channel.
+    Synthetic(Arc<[NicCounters]>),
+    /// An emulated one.
+    Emulated(E1000Counters),
 }
 
 impl Statistics {
     /// Those of a machine that is about to run, with its bus and its NICs.
-    pub fn new(machine: &Machine, host: Host, nics: Vec<Arc<[NicCounters]>>) -> Self {
+    pub fn new(machine: &Machine, host: Host, nics: Vec<NicStatistics>) -> Self {
         let (ports, mmio) = machine.buses();
         Self {
             host,
@@ -81,10 +89,19 @@ impl Statistics {
             let values = values.map(|(name, counter)| format!("{name} {}", counter.get()));
             report += &format!("stats: channel {instance}.{index}: {}\n", values.join(", "));
         }
-        for (number, channels) in self.nics.iter().enumerate() {
-            for (index, counters) in channels.iter().enumerate() {
-                let values = counters.all().map(|(name, value)| format!("{name} {value}"));
-                report += &format!("stats: nic{number}.{index}: {}\n", values.join(", "));
+        let list = |values: &[(&str, u64)]| {
+            let values = values.iter().map(|(name, value)| format!("{name} {value}"));
+            values.collect::<Vec<_>>().join(", ")
+        };
+        for (number, nic) in self.nics.iter().enumerate() {
+            let channels: Vec<_> = match nic {
+                NicStatistics::Synthetic(channels) => {
+                    channels.iter().map(|counters| list(&counters.all())).collect()
+                }
+                NicStatistics::Emulated(counters) => vec![list(&counters.all())],
+            };
+            for (index, values) in channels.into_iter().enumerate() {
+                report += &format!("stats: nic{number}.{index}: {values}\n");
             }
         }
         if let Some((own, files)) = resident() {

@@ -5,8 +5,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, Path,
-    ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Method, Name, Package,
+    Path, ResourceTemplate, Scope,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -14,7 +14,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use emulators::pci::ConfigPorts;
+use emulators::pci::{self, ConfigPorts};
 use emulators::{PmBlock, ResetRegister, Rtc, SLEEP_TYPE_S5, Uart};
 use hypervisor::{Gpa, GuestMemory, MemoryError, layout};
 
@@ -49,7 +49,7 @@ fn build(vps: u32, pci: bool) -> Vec<u8> {
     let facs = place(&bytes(&FACS::new()));
     let dsdt = place(dsdt(pci).as_slice());
     let fadt = place(&fadt(facs, dsdt));
-    let madt = place(madt(vps).as_slice());
+    let madt = place(madt(vps, pci).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -108,7 +108,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
 }
 
 /// The interrupt controllers.
-fn madt(vps: u32) -> Sdt {
+fn madt(vps: u32, pci: bool) -> Sdt {
     const HAS_PICS: u32 = 1;
     const ENABLED: u32 = 1;
     const ALL_PROCESSORS: u8 = 0xff;
@@ -128,6 +128,12 @@ fn madt(vps: u32) -> Sdt {
     madt.append_slice(&[2, 10, 0, PmBlock::SCI]);
     madt.append(u32::from(PmBlock::SCI));
     madt.append(ACTIVE_HIGH_LEVEL);
+    // Nor are those of PCI's interrupt pins.
+    for irq in pci::IRQS.into_iter().filter(|_| pci) {
+        madt.append_slice(&[2, 10, 0, irq]);
+        madt.append(u32::from(irq));
+        madt.append(ACTIVE_HIGH_LEVEL);
+    }
     // NMIs come in by LINT1.
     madt.append_slice(&[4, 6, ALL_PROCESSORS, 0, 0, 1]);
     madt
@@ -196,11 +202,53 @@ fn add_pci(add: &mut impl FnMut(&dyn Aml)) {
         ResourceTemplate::new(vec![&buses, &configuration, &low_ports, &high_ports, &memory]);
     let resources = Name::new("_CRS".into(), &resources);
 
-    // No function has an interrupt pin.
-    let routes = Package::new(vec![]);
+    // Pin A of each device; no function has another. The links are fixed, and there only because a
+    // route without one is active low, which our lines are not.
+    const ALL_FUNCTIONS: u32 = 0xffff;
+    let links: Vec<_> = (0..).zip(pci::IRQS).map(|(index, irq)| (link_name(index), irq)).collect();
+    for (index, (name, irq)) in (0_u8..).zip(&links) {
+        add_link(add, index, name, *irq);
+    }
+    let link_of = |device| {
+        let irq = pci::irq_of(device);
+        let (name, _) = links.iter().find(|(_, at)| *at == irq).expect("every pin has a link");
+        Path::new(name)
+    };
+    let entries: Vec<_> = (pci::FIRST_SLOT..pci::SLOTS)
+        .map(|device| (u32::from(device) << 16 | ALL_FUNCTIONS, link_of(device)))
+        .collect();
+    let entries: Vec<_> = entries
+        .iter()
+        .map(|(address, link)| Package::new(vec![address, &0_u8, link, &0_u8]))
+        .collect();
+    let routes = Package::new(entries.iter().map(|entry| entry as &dyn Aml).collect());
     let routes = Name::new("_PRT".into(), &routes);
     let root = Device::new("PCI0".into(), vec![&hid, &uid, &bus, &resources, &routes]);
     add(&Scope::new("_SB_".into(), vec![&root]));
+}
+
+/// The name of the link device with this index.
+fn link_name(index: u8) -> String {
+    format!("LNK{}", char::from(b'A' + index))
+}
+
+/// A link between interrupt pins and `irq`, which cannot be changed.
+fn add_link(add: &mut impl FnMut(&dyn Aml), index: u8, name: &str, irq: u8) {
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0C0F"));
+    let uid = Name::new("_UID".into(), &(index + 1));
+    let status = Name::new("_STA".into(), &0xb_u8); // there, enabled, not for users to see
+    // Level-triggered, active high, shared.
+    let interrupt = Interrupt::new(true, false, false, true, irq.into());
+    let possible = ResourceTemplate::new(vec![&interrupt]);
+    let possible = Name::new("_PRS".into(), &possible);
+    let interrupt = Interrupt::new(true, false, false, true, irq.into());
+    let current = ResourceTemplate::new(vec![&interrupt]);
+    let current = Name::new("_CRS".into(), &current);
+    let disable = Method::new("_DIS".into(), 0, false, vec![]);
+    let set = Method::new("_SRS".into(), 1, false, vec![]);
+    let link =
+        Device::new(name.into(), vec![&hid, &uid, &status, &possible, &current, &disable, &set]);
+    add(&Scope::new("_SB_".into(), vec![&link]));
 }
 
 #[cfg(test)]
