@@ -1,5 +1,5 @@
-//! `partita demo`: boots the built-in guest with a scratch disk, and says in plain words what
-//! happened.
+//! `partita demo`: boots the built-in guest with a scratch disk and four NICs, and says in plain
+//! words what happened.
 //!
 //! What the guest reports comes from its console, a line of JSON each. Each line is stamped with what
 //! had been counted when it came, so that the cost of what lies between two of them can be told.
@@ -19,13 +19,15 @@ use backends::block::Disk;
 use backends::file::{FileDisk, OpenOptions};
 use backends::paths;
 use clap::Args;
-use emulators::{IdeCounters, IdeDisks};
+use emulators::{E1000Counters, IdeCounters, IdeDisks};
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{ExitCounters, StopReason};
 use vmbus_server::Host;
 use vsp::storvsp::ControllerBuilder;
 
 use crate::machine::{Guest, Machine, MachineConfig, PartitionKind};
+use crate::network::{self, Plugged};
+use crate::options::nic::NicOption;
 use crate::options::{IrqchipOption, PartitionOption, SynicOption};
 use crate::print;
 use report::{Costs, Report, Stamped};
@@ -51,11 +53,23 @@ pub struct Demo {
 }
 
 /// What the guest does. Disk 0 and disk 1 are one, on a synthetic controller and on an IDE channel.
-const WORK: &str = "identify disk=0; identify disk=1; verify bytes=16M; \
+/// NICs 0 and 1 are synthetic, 2 and 3 are not.
+const WORK: &str = "identify; verify bytes=16M; \
                     checksum disk=0 bytes=4M; checksum disk=1 transfer=dma bytes=4M; \
                     checksum disk=1 transfer=pio bytes=4M; \
-                    bench depth=32 time=200ms; bench time=200ms; \
-                    bench disk=1 transfer=dma time=200ms; bench disk=1 transfer=pio time=200ms";
+                    bench depth=32 time=150ms; bench time=150ms; \
+                    bench disk=1 transfer=dma time=150ms; bench disk=1 transfer=pio time=150ms; \
+                    exchange nic=0 peer=1 time=80ms; exchange nic=0 peer=1 depth=1 time=80ms; \
+                    exchange nic=2 peer=3 time=80ms; exchange nic=2 peer=3 depth=1 time=80ms; \
+                    exchange nic=0 peer=2 time=80ms";
+
+/// The NICs, in the guest's order.
+const NICS: [&str; 4] = [
+    "attach=netvsc,backend=switch:demo",
+    "attach=netvsc,backend=switch:demo",
+    "attach=e1000,backend=switch:demo",
+    "attach=e1000,backend=switch:demo",
+];
 
 /// Bytes of the scratch disk.
 const DISK: u64 = 64 << 20;
@@ -130,9 +144,11 @@ fn boot_in(
     let [ide_path, vmbus_path] = paths::split(disk, "the demo's disk", ["IDE", "the VMBus"]);
     let mut ide = IdeDisks::default();
     ide.attach(None, None, ide_path)?;
+    let nics: Result<Vec<NicOption>, _> = NICS.iter().map(|nic| nic.parse()).collect();
+    let cables = network::plug(&nics?, 1)?;
     let config = MachineConfig {
         ide,
-        nics: Vec::new(),
+        nics: cables.iter().filter_map(Plugged::emulated).cloned().collect(),
         prefers_vmbus: false,
         guest: Guest::Builtin { work: WORK.to_owned() },
         memory: MEMORY,
@@ -146,7 +162,9 @@ fn boot_in(
     let kind = machine.kind().clone();
     let mut controller = ControllerBuilder::new(0);
     controller.attach(Some(0), vmbus_path)?;
-    let devices = vec![Box::new(controller.build(1)) as _];
+    let mut devices = vec![Box::new(controller.build(1)) as _];
+    let nics = cables.iter().filter_map(Plugged::synthetic);
+    devices.extend(nics.map(|nic| Box::new(nic) as _));
     let host = Host::new(machine.memory().clone(), machine.synic(), 1, devices)
         .context("cannot start the VMBus")?;
     let sink = host.sink();
@@ -155,6 +173,7 @@ fn boot_in(
         exits: machine.exit_counters(),
         kernel: machine.kernel_counters(),
         ide: machine.ide_counters(),
+        nics: machine.nic_counters(),
         console: match &kind {
             PartitionKind::Kvm(_) => ConsoleExits::PerByte,
             PartitionKind::Hosted { .. } => ConsoleExits::PerLine,
@@ -184,7 +203,8 @@ fn boot_in(
     Ok((kind, Ok(Ended { lines: lines.finish(), status })))
 }
 
-/// What the guest's console takes of exits. They are left out of account: what is measured are disks.
+/// What the guest's console takes of exits. They are left out of account: what is measured are disks
+/// and NICs.
 #[derive(Clone, Copy, Debug)]
 enum ConsoleExits {
     /// A string of port writes is an exit for each.
@@ -219,6 +239,7 @@ struct Counting {
     exits: Vec<Arc<ExitCounters>>,
     kernel: Vec<Arc<KernelCounters>>,
     ide: Option<IdeCounters>,
+    nics: Vec<E1000Counters>,
     console: ConsoleExits,
     host: Host,
 }
@@ -236,6 +257,13 @@ impl Counting {
         for (_, _, counters) in self.host.counters() {
             signals += counters.signals.get();
             interrupts += counters.interrupts.get();
+        }
+        for (name, count) in self.nics.iter().flat_map(E1000Counters::all) {
+            match name {
+                "signals" => signals += count,
+                "interrupts" => interrupts += count,
+                _ => {}
+            }
         }
         interrupts +=
             self.ide.iter().flat_map(IdeCounters::get).map(|(_, count)| count).sum::<u64>();

@@ -220,20 +220,28 @@ fn nics_exchange_frames() {
             "--partition",
             partition,
             "--builtin",
-            "identify; exchange frames=500; exchange nic=1 peer=0 len=64 depth=1 frames=20",
+            "identify; exchange frames=500; exchange nic=1 peer=0 len=64 depth=1 frames=20;
+             exchange nic=2 peer=3 frames=500; exchange nic=2 peer=3 depth=1 spin=0us frames=20;
+             exchange nic=3 peer=1 frames=100",
             "--nic",
             &first,
             "--nic",
             "backend=switch:a",
+            "--nic",
+            "attach=e1000,backend=switch:a,mac=02:00:00:00:00:03",
+            "--nic",
+            "attach=e1000,backend=switch:a",
             "--memory",
             "64M",
         ]);
         let nic = r#""nic":0,"driver":"netvsc","mac":"02:00:00:00:00:01","mtu":1500,"link":"up""#;
         assert!(text.contains(nic), "{text}");
+        let nic = r#""nic":2,"driver":"e1000","mac":"02:00:00:00:00:03","mtu":1500,"link":"up""#;
+        assert!(text.contains(nic), "{text}");
         let results: Vec<&str> =
             text.lines().filter(|line| line.contains(r#""result":"exchange""#)).collect();
-        assert_eq!(results.len(), 2, "{text}");
-        for (line, frames) in results.into_iter().zip([1000, 40]) {
+        assert_eq!(results.len(), 5, "{text}");
+        for (line, frames) in results.into_iter().zip([1000, 40, 1000, 40, 200]) {
             assert_eq!((number(line, "frames"), number(line, "lost")), (frames, 0), "{line}");
             assert_eq!((number(line, "duplicates"), number(line, "reordered")), (0, 0), "{line}");
         }
@@ -274,6 +282,12 @@ fn the_demo_shows_what_happened_and_leaves_nothing() {
             &format!("4 KiB at random, {partition} "),
             "a second  signals  interrupts ",
             "storvsc, 32 at a time",
+            "0 and 1 by netvsc, 2 and 3 by e1000, on a virtual switch",
+            " frames have arrived, every byte of each compared; none lost",
+            &format!("1500 bytes each, {partition} "),
+            "netvsc, 32 at a time",
+            "e1000, 32 at a time",
+            "netvsc/e1000, 32 at a time",
             "the guest switched itself off",
         ] {
             assert!(text.contains(part), "no '{part}' in\n{text}");
@@ -285,6 +299,12 @@ fn the_demo_shows_what_happened_and_leaves_nothing() {
         for driver in ["storvsc", "ide-dma", "ide-pio"] {
             let bench = format!(r#""driver":"{driver}","bs":4096,"depth":1,"nanoseconds":"#);
             assert!(json.contains(&bench), "no '{bench}' in {json}");
+        }
+        for driver in ["netvsc", "e1000"] {
+            let exchange = format!(
+                r#""driver":"{driver}","peer_driver":"{driver}","len":1500,"depth":1,"nanoseconds":"#
+            );
+            assert!(json.contains(&exchange), "no '{exchange}' in {json}");
         }
     }
     let json = output(&["demo", "--json", "--keep"]);

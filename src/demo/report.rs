@@ -62,6 +62,18 @@ impl Stamped {
     }
 }
 
+/// A kind of measurement: the result that the guest tells of it, what that counts, and the field with
+/// how many of those went in a second.
+#[derive(Clone, Copy)]
+struct Measure {
+    result: &'static str,
+    count: &'static str,
+    rate: &'static str,
+}
+
+const READS: Measure = Measure { result: "bench", count: "ios", rate: "iops" };
+const FRAMES: Measure = Measure { result: "exchange", count: "frames", rate: "frames_per_second" };
+
 /// A run of the demo.
 #[derive(Debug)]
 pub struct Report {
@@ -107,10 +119,10 @@ impl Report {
         })
     }
 
-    /// Results of measurements, with what each request took.
-    fn benches(&self) -> impl Iterator<Item = (&Stamped, Costs)> {
-        self.lines.windows(2).filter_map(|pair| match pair {
-            [begin, result] if result.is("result", "bench") => {
+    /// Results of measurements, with what all of it took.
+    fn results(&self, measure: Measure) -> impl Iterator<Item = (&Stamped, Costs)> {
+        self.lines.windows(2).filter_map(move |pair| match pair {
+            [begin, result] if result.is("result", measure.result) => {
                 Some((result, result.costs.since(begin.costs)))
             }
             _ => None,
@@ -141,7 +153,7 @@ impl Report {
                         counted(line.number("offers"), "device"),
                     ),
                 );
-            } else if line.is("event", "opened") {
+            } else if line.is("event", "opened") && line.is("driver", "storvsc") {
                 say(
                     "channel",
                     format!(
@@ -150,7 +162,7 @@ impl Report {
                         counted(line.number("disks"), "disk"),
                     ),
                 );
-            } else if line.is("event", "found") {
+            } else if line.is("event", "found") && line.is("driver", "ide") {
                 say(
                     "ports",
                     format!(
@@ -192,7 +204,10 @@ impl Report {
             let (bytes, drivers) = (size(bytes), drivers.join(", "));
             say("same", format!("the first {bytes}, read by {drivers}: checksum {sum} each time"));
         }
-        self.table(&mut say);
+        self.table(READS, "read", &mut say);
+        self.nics(&mut say);
+        self.table(FRAMES, "send", &mut say);
+        self.legend(&mut say);
         let end = match self.error() {
             None => "the guest switched itself off".to_owned(),
             Some(error) => format!("the guest failed: {error}"),
@@ -204,10 +219,51 @@ impl Report {
         out
     }
 
-    /// What a read takes, by one way to the disk and another, side by side.
-    fn table(&self, say: &mut impl FnMut(&str, String)) {
-        let Some((line, costs)) = self.benches().next() else { return };
-        let title = format!("{} at random, {}", size(line.number("bs")), self.kind.name());
+    /// The NICs, and what they have exchanged.
+    fn nics(&self, say: &mut impl FnMut(&str, String)) {
+        let nics = || self.lines.iter().filter(|line| line.is("result", "identify"));
+        let mut drivers: Vec<(&str, Vec<&str>)> = Vec::new();
+        for line in nics() {
+            let (Some(number), Some(driver)) = (line.field("nic"), line.field("driver")) else {
+                continue;
+            };
+            match drivers.last_mut() {
+                Some((last, numbers)) if *last == driver => numbers.push(number),
+                _ => drivers.push((driver, vec![number])),
+            }
+        }
+        if drivers.is_empty() {
+            return;
+        }
+        let each = drivers
+            .iter()
+            .map(|(driver, numbers)| format!("{} by {driver}", numbers.join(" and ")));
+        say("nics", format!("{}, on a virtual switch", each.collect::<Vec<_>>().join(", ")));
+        let sum = |key| self.results(FRAMES).map(|(line, _)| line.number(key)).sum::<u64>();
+        let bad: Vec<_> = ["lost", "duplicates", "reordered"]
+            .into_iter()
+            .map(|key| (sum(key), key))
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, key)| format!("{count} {key}"))
+            .collect();
+        let bad = if bad.is_empty() { "none lost".to_owned() } else { bad.join(", ") };
+        say(
+            "",
+            format!(
+                "{} have arrived, every byte of each compared; {bad}",
+                counted(sum("frames"), "frame")
+            ),
+        );
+    }
+
+    /// What a read or a frame takes, by one way and another, side by side.
+    fn table(&self, measure: Measure, head: &str, say: &mut impl FnMut(&str, String)) {
+        let Some((line, costs)) = self.results(measure).next() else { return };
+        let what = match measure.result {
+            "bench" => format!("{} at random", size(line.number("bs"))),
+            _ => format!("{} bytes each", line.number("len")),
+        };
+        let title = format!("{what}, {}", self.kind.name());
         // Not every host counts the exits that its kernel serves.
         let [exits, to_user] = match (&self.kind, costs.exits) {
             (PartitionKind::Hosted { .. }, _) => ["", "messages"],
@@ -215,22 +271,28 @@ impl Report {
             (PartitionKind::Kvm(_), None) => ["", "to partita"],
         };
         say(
-            "read",
+            head,
             format!(
-                "{title:<23} a second  signals  interrupts {exits:>7}  {to_user:>10}  us for each"
+                "{title:<26} a second  signals  interrupts {exits:>7}  {to_user:>10}  us for each"
             ),
         );
         let micros = |line: &Stamped| {
-            line.number("nanoseconds") as f64 / 1e3 / line.number("ios").max(1) as f64
+            line.number("nanoseconds") as f64 / 1e3 / line.number(measure.count).max(1) as f64
         };
-        let longest = self.benches().map(|(line, _)| micros(line)).fold(0.0, f64::max);
-        for (line, costs) in self.benches() {
-            let each = |count: u64| count as f64 / line.number("ios").max(1) as f64;
-            let way = match line.number("depth") {
-                0 | 1 => driver(line).to_owned(),
-                depth => format!("{}, {depth} at a time", driver(line)),
+        let longest = self.results(measure).map(|(line, _)| micros(line)).fold(0.0, f64::max);
+        for (line, costs) in self.results(measure) {
+            let each = |count: u64| count as f64 / line.number(measure.count).max(1) as f64;
+            let driver = match line.field("peer_driver") {
+                Some(peer) if Some(peer) != line.field("driver") => {
+                    format!("{}/{peer}", driver(line))
+                }
+                _ => driver(line).to_owned(),
             };
-            let (iops, micros) = (line.number("iops"), micros(line));
+            let way = match line.number("depth") {
+                0 | 1 => driver,
+                depth => format!("{driver}, {depth} at a time"),
+            };
+            let (rate, micros) = (line.number(measure.rate), micros(line));
             let exits = costs.exits.map(|exits| format!("{:.2}", each(exits))).unwrap_or_default();
             let [signals, interrupts, to_user] =
                 [costs.signals, costs.interrupts, costs.user_exits].map(each);
@@ -238,11 +300,15 @@ impl Report {
             say(
                 "",
                 format!(
-                    "{way:<23} {iops:>8} {signals:>8.2} {interrupts:>11.2} {exits:>7}  \
+                    "{way:<26} {rate:>8} {signals:>8.2} {interrupts:>11.2} {exits:>7}  \
                      {to_user:>10.2} {micros:>8.1} {bar}"
                 ),
             );
         }
+    }
+
+    /// What the tables' words mean.
+    fn legend(&self, say: &mut impl FnMut(&str, String)) {
         let exit = match self.kind {
             PartitionKind::Kvm(_) => {
                 "exit: the processor leaves the guest; to partita: the kernel too"
@@ -251,7 +317,7 @@ impl Report {
         };
         say(
             "",
-            "(signal: the guest wakes the disk's thread; interrupt: the thread wakes the guest;"
+            "(signal: the guest wakes a device's thread; interrupt: the thread wakes the guest;"
                 .into(),
         );
         say("", format!("{exit})"));
@@ -259,8 +325,8 @@ impl Report {
 
     /// For machines: one object.
     pub fn json(&self, kept: Option<&Path>) -> String {
-        let mut benches = Vec::new();
-        for (line, costs) in self.benches() {
+        let (mut benches, mut exchanges) = (Vec::new(), Vec::new());
+        for (line, costs) in self.results(READS) {
             let exits = costs.exits.map_or("null".to_owned(), |exits| exits.to_string());
             benches.push(format!(
                 "{{\"partition\":\"{}\",\"driver\":{},\"bs\":{},\"depth\":{},\"nanoseconds\":{},\"ios\":{},\
@@ -277,6 +343,23 @@ impl Report {
                 costs.interrupts,
             ));
         }
+        for (line, costs) in self.results(FRAMES) {
+            let exits = costs.exits.map_or("null".to_owned(), |exits| exits.to_string());
+            let drivers =
+                ["driver", "peer_driver"].map(|key| quoted(line.field(key).unwrap_or("?")));
+            let [driver, peer_driver] = drivers;
+            let numbers = ["len", "depth", "nanoseconds", "frames", "lost", "frames_per_second"]
+                .map(|key| format!("\"{key}\":{}", line.number(key)));
+            exchanges.push(format!(
+                "{{\"partition\":\"{}\",\"driver\":{driver},\"peer_driver\":{peer_driver},{},\
+                 \"exits\":{exits},\"user_exits\":{},\"signals\":{},\"interrupts\":{}}}",
+                self.kind.name(),
+                numbers.join(","),
+                costs.user_exits,
+                costs.signals,
+                costs.interrupts,
+            ));
+        }
         let lines: Vec<&str> = self
             .lines
             .iter()
@@ -284,20 +367,21 @@ impl Report {
             .filter(|line| line.starts_with('{') && line.ends_with('}'))
             .collect();
         format!(
-            "{{\"partition\":\"{}\",\"host\":{},\"without_kvm\":{},\"kept\":{},\"guest\":[{}],\"benches\":[{}],\"ok\":{},\"seconds\":{:.6}}}",
+            "{{\"partition\":\"{}\",\"host\":{},\"without_kvm\":{},\"kept\":{},\"guest\":[{}],\"benches\":[{}],\"exchanges\":[{}],\"ok\":{},\"seconds\":{:.6}}}",
             self.kind.name(),
             quoted(&self.kind.to_string()),
             self.kind.without_kvm().map_or("null".to_owned(), quoted),
             kept.map_or("null".to_owned(), |kept| quoted(&kept.to_string_lossy())),
             lines.join(","),
             benches.join(","),
+            exchanges.join(","),
             self.error().is_none(),
             self.time.as_secs_f64(),
         )
     }
 }
 
-/// By what a disk was driven, for people.
+/// By what a device was driven, for people.
 fn driver(line: &Stamped) -> &str {
     match line.field("driver") {
         Some("ide-dma") => "IDE DMA",
