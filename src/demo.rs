@@ -81,7 +81,7 @@ const MEMORY: u64 = 64 << 20;
 const LONGEST_LINE: usize = 4096;
 const MOST_LINES: usize = 1000;
 /// A guest that takes longer is stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Demo {
     /// Runs it.

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The built-in guest, by a KVM that has Hyper-V support: it works on two disks by the kernel's
-# interface and by ours, with two processors too, a write that must fail is told, and the demo is
-# whole, without KVM too, where a kernel is refused in one line.
+# interface and by ours, with two processors too, NICs of both kinds exchange frames, a write that must
+# fail is told, and the demo is whole, without KVM too, where a kernel is refused in one line.
 . "$(dirname "$0")/lib.sh"
 
 truncate -s 32M first.img
@@ -31,6 +31,18 @@ for synic in kernel user; do
     expect '"result":"checksum","disk":0,"driver":"ide-pio","bytes":1048576,'
     expect '"result":"verify","disk":0,"driver":"ide-pio","bytes":65536,'
     refute '"error"'
+    # NICs: those of e1000 have registers in memory, and interrupt through the I/O APIC as well.
+    partita run --synic $synic --memory 64M --nic backend=switch:a --nic backend=switch:a \
+        --nic attach=e1000,backend=switch:a --nic attach=e1000,backend=switch:a --builtin '
+            exchange nic=0 peer=1 frames=500; exchange nic=2 peer=3 frames=500;
+            exchange nic=2 peer=3 depth=1 spin=0us frames=20; exchange nic=3 peer=0 frames=100' \
+        </dev/null | tee console.log
+    good='"lost":0,"duplicates":0,"reordered":0,"damaged":0,"foreign":0,'
+    expect "\"nic\":0,\"peer\":1,\"driver\":\"netvsc\",.*\"frames\":1000,$good"
+    expect "\"nic\":2,\"peer\":3,\"driver\":\"e1000\",.*\"frames\":1000,$good"
+    expect "\"depth\":1,.*\"frames\":40,$good"
+    expect "\"driver\":\"e1000\",\"peer_driver\":\"netvsc\",.*\"frames\":200,$good"
+    refute '"error"'
 done
 
 rc=0
@@ -43,6 +55,7 @@ partita demo | tee console.log
 expect 'KVM with its own Hyper-V support'
 expect 'all equal'
 expect 'read by storvsc, IDE DMA, IDE PIO: checksum [0-9a-f]* each time'
+expect 'frames have arrived, every byte of each compared; none lost'
 expect 'the guest switched itself off'
 
 # The same guest as a process, by itself where /dev/kvm is gone.
