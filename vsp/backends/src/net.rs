@@ -73,6 +73,12 @@ pub trait Network: Send + Sync {
     /// was allowed before.
     fn set_receive_offloads(&self, offloads: Offloads) -> io::Result<()>;
 
+    /// Whether a flow comes by the queue that last sent for it. If not, which queue it comes by is not
+    /// what a guest has chosen.
+    fn follows_senders(&self) -> bool {
+        false
+    }
+
     /// A path to the network for the calling worker, which owns `uring`. Dropping the queue closes
     /// it, after which it can be opened again.
     ///

@@ -100,6 +100,17 @@ impl Worker {
         None
     }
 
+    /// What the next news of the link say.
+    fn link(&mut self) -> bool {
+        loop {
+            match self.next().expect("news of the link") {
+                Completion::Link(up) => return up,
+                Completion::Received { id, .. } => self.offer(id as usize, Self::SIZE),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
     /// The next frame that carries UDP to `port`; others, such as the kernel's own greetings, are
     /// let go.
     fn udp(&mut self, port: u16) -> (Vec<u8>, Offload) {
@@ -292,22 +303,47 @@ fn a_tap_that_is_deleted_takes_the_link_down() {
     in_namespace(|| {
         let tap = tap("t0", TapOptions::default());
         let mut worker = Worker::new(&tap, 0, 4);
-        ip("link set t0 down");
-        let refused = worker.send(&mut datagram("t0", 5000, b"down"), Offload::NONE);
-        assert_eq!(refused, Err(Dropped::LinkDown));
-        ip("link set t0 up");
-        worker.send(&mut datagram("t0", 5000, b"up again"), Offload::NONE).unwrap();
+        worker.send(&mut datagram("t0", 5000, b"there"), Offload::NONE).unwrap();
         let mut frame = datagram("t0", 5000, b"gone");
         ip("link del t0");
-        loop {
-            match worker.next().expect("news of the link") {
-                Completion::Link(up) => break assert!(!up),
-                Completion::Received { .. } => {}
-                other => panic!("{other:?}"),
-            }
-        }
+        assert!(!worker.link());
         assert_eq!(worker.send(&mut frame, Offload::NONE), Err(Dropped::LinkDown));
         assert!(!tap.link().up);
+    });
+}
+
+#[test]
+fn the_link_follows_the_tap() {
+    in_namespace(|| {
+        let tap = tap("t0", TapOptions { queues: 2, mtu: None });
+        let mut first = Worker::new(&tap, 0, 4);
+        let mut second = Worker::new(&tap, 1, 4);
+        for up in [false, true, false, true] {
+            ip(if up { "link set t0 up" } else { "link set t0 down" });
+            assert_eq!([first.link(), second.link()], [up; 2]);
+            assert_eq!(tap.link().up, up);
+            let sent = first.send(&mut datagram("t0", 5000, b"is it up?"), Offload::NONE);
+            assert_eq!(sent, if up { Ok(()) } else { Err(Dropped::LinkDown) });
+        }
+        // Other devices' news are no news, and frames come as before.
+        ip("link set lo up");
+        drop(second);
+        ip("neigh replace 10.9.0.2 lladdr 02:00:00:00:00:02 dev t0 nud permanent");
+        let socket = UdpSocket::bind("10.9.0.1:5000").unwrap();
+        socket.send_to(b"again", "10.9.0.2:4000").unwrap();
+        assert_eq!(first.udp(4000).0[42..], *b"again");
+    });
+}
+
+#[test]
+fn a_tap_that_is_down_has_no_link_at_first() {
+    in_namespace(|| {
+        ip("tuntap add dev t0 mode tap");
+        let tap = Tap::open("t0", TapOptions::default()).unwrap();
+        assert!(!tap.link().up);
+        let mut worker = Worker::new(&tap, 0, 4);
+        ip("link set t0 up");
+        assert!(worker.link());
     });
 }
 

@@ -152,6 +152,10 @@ impl Network for Captured {
         self.network.set_receive_offloads(offloads)
     }
 
+    fn follows_senders(&self) -> bool {
+        self.network.follows_senders()
+    }
+
     fn queue(&self, config: QueueConfig, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {
         let queue = self.network.queue(config, uring)?;
         let recorder = Arc::clone(&self.recorder);

@@ -25,7 +25,7 @@ mod addresses;
 mod frame;
 mod port;
 pub mod vlan;
-mod wake;
+pub mod wake;
 
 use std::fmt;
 use std::io;

@@ -10,6 +10,9 @@
 //! kernel wake every one for each frame. So a queue that was found empty is polled, and one that
 //! has frames is read a batch at a time, without waiting, until a read finds nothing.
 //!
+//! The link is up as long as the tap is. A socket hears of changes to any network device of the host
+//! (rtnetlink), and the queues then look what has become of theirs.
+//!
 //! A tap that does not exist is made, brought up, and gone when the last descriptor is closed. One
 //! that exists is used as it is and left as it was.
 

@@ -12,23 +12,30 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// Whether a receiver may sleep.
 #[derive(Debug)]
-pub(super) struct Wake {
+pub struct Wake {
     asleep: AtomicBool,
 }
 
+impl Default for Wake {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Wake {
-    pub(super) fn new() -> Self {
+    /// Of one that is awake.
+    pub fn new() -> Self {
         Self { asleep: AtomicBool::new(false) }
     }
 
     /// Of a sender that has left work. If true, it has to wake the receiver.
-    pub(super) fn is_due(&self) -> bool {
+    pub fn is_due(&self) -> bool {
         fence(Ordering::SeqCst);
         self.asleep.load(Ordering::Relaxed) && self.take_back()
     }
 
     /// Of a receiver that wants to sleep. If false, there is work, and it should not.
-    pub(super) fn may_sleep(&self, has_work: impl FnOnce() -> bool) -> bool {
+    pub fn may_sleep(&self, has_work: impl FnOnce() -> bool) -> bool {
         self.asleep.swap(true, Ordering::AcqRel);
         fence(Ordering::SeqCst);
         if has_work() {
@@ -39,7 +46,7 @@ impl Wake {
     }
 
     /// Of a receiver that is awake, for whatever reason: nobody needs to wake it.
-    pub(super) fn awake(&self) {
+    pub fn awake(&self) {
         if self.asleep.load(Ordering::Relaxed) {
             self.take_back();
         }

@@ -7,12 +7,14 @@ use std::ffi::c_ulong;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::io::Errno;
+use rustix::net::netlink::SocketAddrNetlink;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
 use super::queue::TapQueue;
 use crate::net::offload::VirtioNetHeader;
@@ -24,6 +26,11 @@ const NAME_SIZE: usize = libc::IFNAMSIZ;
 
 /// The most queues a NIC gets of a tap.
 const MAX_QUEUES: u16 = 64;
+
+/// Changes to network devices (`RTMGRP_LINK` of linux/rtnetlink.h).
+const LINK_GROUP: u32 = 1;
+/// The most news that are taken away at a time.
+const MAX_NEWS: u32 = 64;
 
 /// What a tap has to be like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +125,10 @@ pub(super) struct Shared {
     queues: Vec<Place>,
     multi_queue: bool,
     offloads: Offloads,
+    /// Hears of all changes to the host's network devices.
+    news: OwnedFd,
+    /// The tap is set down.
+    down: AtomicBool,
     /// The host has taken the tap away.
     pub(super) gone: AtomicBool,
 }
@@ -187,9 +198,17 @@ impl Tap {
         }
         let queues =
             files.into_iter().map(|file| Place { file, open: AtomicBool::new(false) }).collect();
-        let gone = AtomicBool::new(false);
-        let name = name.to_owned();
-        let shared = Shared { name, raw_name, queues, multi_queue, offloads, gone };
+        let shared = Shared {
+            name: name.to_owned(),
+            raw_name,
+            queues,
+            multi_queue,
+            offloads,
+            news: subscribe().map_err(host("hear of changes to"))?,
+            down: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+        };
+        shared.look();
         // Until somebody listens to a queue, the kernel should give it no flow. The only queue of a
         // tap cannot be told so.
         for index in 0..options.queues {
@@ -229,7 +248,32 @@ impl Shared {
     }
 
     pub(super) fn is_up(&self) -> bool {
-        !self.gone.load(Ordering::Relaxed)
+        !self.gone.load(Ordering::Relaxed) && !self.down.load(Ordering::Relaxed)
+    }
+
+    /// What becomes readable when any network device has changed.
+    pub(super) fn news(&self) -> BorrowedFd<'_> {
+        self.news.as_fd()
+    }
+
+    /// Looks whether the tap is set up. What the news were does not matter, and whoever of the queues
+    /// takes them away: all of them look.
+    pub(super) fn look(&self) {
+        let mut nothing = [0; 8];
+        let take = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+        for _ in 0..MAX_NEWS {
+            // ENOBUFS tells that some news were lost, and others may wait.
+            match rustix::net::recv(&self.news, &mut nothing, take) {
+                Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        let mut request = InterfaceRequest::new(&self.raw_name, 0);
+        // One that cannot be asked is gone, which a queue finds out by itself.
+        let flags = interface(self.news.as_fd(), libc::SIOCGIFFLAGS, &mut request)
+            .map(|()| request.value & 0xFFFF);
+        let down = flags.is_ok_and(|flags| flags & libc::IFF_UP == 0);
+        self.down.store(down, Ordering::Relaxed);
     }
 
     pub(super) const fn offloads(&self) -> Offloads {
@@ -273,7 +317,11 @@ impl Network for Tap {
         set_offloads(self.shared.fd(0), offloads & self.shared.offloads)
     }
 
-    fn queue(&self, config: QueueConfig, _: &mut Uring) -> io::Result<Box<dyn Queue>> {
+    fn follows_senders(&self) -> bool {
+        true
+    }
+
+    fn queue(&self, config: QueueConfig, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {
         let place = self.shared.queues.get(usize::from(config.index));
         let place = place.ok_or(io::ErrorKind::InvalidInput)?;
         if place.open.swap(true, Ordering::Acquire) {
@@ -283,7 +331,7 @@ impl Network for Tap {
             place.open.store(false, Ordering::Release);
             return Err(error);
         }
-        Ok(Box::new(TapQueue::new(Arc::clone(&self.shared), config)))
+        Ok(Box::new(TapQueue::new(Arc::clone(&self.shared), config, uring)?))
     }
 }
 
@@ -304,6 +352,14 @@ fn set_offloads(fd: BorrowedFd<'_>, offloads: Offloads) -> io::Result<()> {
     // SAFETY: this request takes its flags in place of a pointer.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(flags)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A socket that is told of changes to network devices, in the network that this thread is in.
+fn subscribe() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+    rustix::net::bind(&socket, &SocketAddrNetlink::new(0, LINK_GROUP))?;
+    Ok(socket)
 }
 
 /// At which step joining a tap failed.

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::mem;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -23,7 +23,7 @@ use crate::net::{
     Buffer, Completion, Completions, Counters, Dropped, Frame, MAX_BUFFERS, Offload, Queue,
     QueueConfig,
 };
-use crate::uring::{Cqe, Tag, Target, Token, Uring};
+use crate::uring::{Cqe, Doorbell, Tag, Target, Token, Uring};
 
 /// In front of every frame.
 const HEADER: usize = size_of::<VirtioNetHeader>();
@@ -36,6 +36,7 @@ const MAX_BATCH: usize = 64;
 const SEND: u64 = 0;
 const READ: u64 = 1;
 const POLL: u64 = 2;
+const NEWS: u64 = 3;
 
 const fn value(kind: u64, slot: u16) -> u64 {
     kind << 16 | slot as u64
@@ -104,6 +105,15 @@ impl Slots {
     }
 }
 
+/// What becomes readable when the tap is set up or down, or any other network device has changed.
+struct News(Arc<Shared>);
+
+impl AsRawFd for News {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.news().as_raw_fd()
+    }
+}
+
 /// See [`Queue`].
 pub(super) struct TapQueue {
     shared: Arc<Shared>,
@@ -129,18 +139,25 @@ pub(super) struct TapQueue {
     hits: usize,
     /// Buffers that the present batch does not fill are to go back to their owner.
     recalled: bool,
+    news: Doorbell<News>,
     up: bool,
     counters: Counters,
 }
 
 impl TapQueue {
-    pub(super) fn new(shared: Arc<Shared>, config: QueueConfig) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        config: QueueConfig,
+        uring: &mut Uring,
+    ) -> io::Result<Self> {
         let QueueConfig { index, tag, sends, receives } = config;
         // Not registered: the ring would keep the tap for longer than this queue.
         let target = Target::descriptor(shared.fd(index));
+        let news = Doorbell::new(News(Arc::clone(&shared)), Token::new(tag, value(NEWS, 0)));
+        news.arm(uring)?;
         let up = shared.is_up();
         let nowait = can_skip_waiting(shared.fd(index));
-        Self {
+        Ok(Self {
             shared,
             index,
             tag,
@@ -155,9 +172,10 @@ impl TapQueue {
             batch: 1,
             hits: 0,
             recalled: false,
+            news,
             up,
             counters: Counters::default(),
-        }
+        })
     }
 
     fn token(&self, kind: u64, slot: u16) -> u64 {
@@ -367,9 +385,10 @@ impl Queue for TapQueue {
     }
 
     fn turn(&mut self, uring: &mut Uring, done: &mut Completions) {
-        if self.up && !self.shared.is_up() {
-            self.up = false;
-            done.push(Completion::Link(false));
+        let up = self.shared.is_up();
+        if up != self.up {
+            self.up = up;
+            done.push(Completion::Link(up));
         }
         self.read_batch(uring, done);
     }
@@ -401,6 +420,12 @@ impl Queue for TapQueue {
             POLL => {
                 self.polling = false;
                 self.read_batch(uring, done);
+            }
+            NEWS => {
+                self.shared.look();
+                if let Err(error) = self.news.heard(cqe, uring) {
+                    tracing::warn!(queue = self.index, %error, "a tap's link is not watched any more");
+                }
             }
             _ => {}
         }
