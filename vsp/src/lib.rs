@@ -10,5 +10,6 @@ mod limited;
 pub mod netvsp;
 pub mod scsi;
 pub mod storvsp;
+mod vigil;
 
 use limited::limited;

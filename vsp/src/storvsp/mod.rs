@@ -34,6 +34,7 @@ use vmbus::{Guid, vstor};
 use vmbus_server::{Channel, Device, OfferParams};
 
 use crate::scsi::{Limits, LogicalUnit};
+use crate::vigil::has_spare_processors;
 use handshake::Grants;
 use worker::Worker;
 
@@ -185,12 +186,10 @@ impl Controller {
     }
 
     fn new(luns: Luns, max_subchannels: u16, vps: u32) -> Self {
-        // A worker that spins must not take the processor that its guest runs on.
-        let processors = thread::available_parallelism().map_or(1, usize::from);
         Self {
             luns: Arc::new(luns),
             grants: Grants { max_subchannels, max_transfer: MAX_TRANSFER },
-            may_spin: processors > usize::try_from(vps).unwrap_or(usize::MAX),
+            may_spin: has_spare_processors(vps),
         }
     }
 }

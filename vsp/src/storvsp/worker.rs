@@ -23,6 +23,7 @@ use super::Luns;
 use super::engine::Engine;
 use super::handshake::Grants;
 use super::pacing::Pacer;
+use crate::vigil::system_call_cost;
 
 /// Room for the longest packet that makes sense: the pages of the longest transfer, each in a
 /// range of its own, and a request.
@@ -288,19 +289,4 @@ impl Worker {
         self.pacer.slept();
         Ok(())
     }
-}
-
-/// What two small system calls cost on this host: the best of a few writes to and reads from an
-/// eventfd. Under emulation that is fifty times what it is elsewhere, and so is all that waiting
-/// could spare.
-fn system_call_cost() -> io::Result<Duration> {
-    let event = EventFd::new(0)?;
-    let mut best = Duration::MAX;
-    for _ in 0..16 {
-        let before = Instant::now();
-        event.write(1)?;
-        event.read()?;
-        best = best.min(before.elapsed());
-    }
-    Ok(best)
 }
