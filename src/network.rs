@@ -30,7 +30,14 @@ const MOST_E1000: usize = (pci::SLOTS - pci::FIRST_SLOT) as usize;
 /// A NIC's cable and what is fixed about the NIC.
 pub enum Plugged {
     /// One on the VMBus.
-    Synthetic(NicConfig, Arc<dyn Network>),
+    Synthetic {
+        /// What it is like.
+        config: NicConfig,
+        /// Of the guest.
+        vps: u32,
+        /// Its cable.
+        network: Arc<dyn Network>,
+    },
     /// One on the PCI bus.
     Emulated(E1000Config),
 }
@@ -104,7 +111,7 @@ fn open(
         channels: link.queues.min(wanted),
         name: String::new(),
     };
-    Ok(Plugged::Synthetic(config, network))
+    Ok(Plugged::Synthetic { config, vps, network })
 }
 
 /// A tap with as many queues as was said; else with one for each processor, if it can have more
@@ -131,7 +138,9 @@ impl Plugged {
     /// A synthetic NIC on this cable, if it is to have one.
     pub fn synthetic(&self) -> Option<Nic> {
         match self {
-            Self::Synthetic(config, network) => Some(Nic::new(config.clone(), Arc::clone(network))),
+            Self::Synthetic { config, vps, network } => {
+                Some(Nic::new(config.clone(), Arc::clone(network)).with_vps(*vps))
+            }
             Self::Emulated(_) => None,
         }
     }
@@ -139,7 +148,7 @@ impl Plugged {
     /// What the emulated NIC on this cable is to be, if it is to have one.
     pub fn emulated(&self) -> Option<&E1000Config> {
         match self {
-            Self::Synthetic(..) => None,
+            Self::Synthetic { .. } => None,
             Self::Emulated(config) => Some(config),
         }
     }

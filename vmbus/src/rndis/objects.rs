@@ -195,6 +195,8 @@ pub struct ReceiveScaleParameters {
 const _: () = assert!(size_of::<ReceiveScaleParameters>() == 40);
 
 impl ReceiveScaleParameters {
+    /// The hash is to stay.
+    pub const HASH_UNCHANGED: u16 = 0x0002;
     /// The table is to stay.
     pub const TABLE_UNCHANGED: u16 = 0x0004;
     /// The key is to stay.

@@ -1,54 +1,40 @@
-//! The frames of one channel: packets in, frames out to the network's queue and back, answers and
+//! The frames of one channel: packets in, frames to the network's queue and back, answers and
 //! deliveries to the guest.
 //!
 //! A packet is in private memory when it comes here, and all it names is checked before it is used.
-//! Frames go straight between the guest's pages and the network. All tables are made when the
-//! channel is opened, so that a frame allocates nothing.
-//!
-//! `unsafe` is the promise to the network that its buffers stay: they lie in guest memory, which
-//! the engine keeps mapped for longer than its queue and its worker's io_uring live, or in the
-//! engine's own table of fronts, which is dropped after both.
-#![allow(unsafe_code)]
+//! What is under way each way is kept in [`Sends`] and [`Receives`]; here the two meet their queue, the
+//! ring, and what the first channel does besides.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use backends::net::{
-    Buffer, Completion, Completions, Frame, MAX_BUFFERS, MAX_FRAME, Network, Offload, Offloads,
-    Queue, QueueConfig,
-};
+use backends::net::{Completion, Completions, Network, Offloads, Queue, QueueConfig};
 use backends::uring::{Cqe, Tag, Uring};
 use hypervisor::GuestMemory;
 use tracing::{debug, warn};
 use vmbus::nvsp::{
     Capabilities, ChannelType, Message, MessageKind, Outgoing, RndisPacket, RndisPacketComplete,
-    Status,
+    SEND_TABLE_ENTRIES, SendIndirectionTable, Status, Version,
 };
 use vmbus::packet::{
-    GpaRanges, Packet, PacketFlags, PacketKind, Segment, TransferRange, ring_size,
-    write_transfer_pages,
+    Packet, PacketFlags, PacketKind, TransferRange, ring_size, write_transfer_pages,
 };
 use vmbus::protocol::GpadlId;
 use vmbus_server::Channel;
+use vmm_sys_util::eventfd::EventFd;
+use zerocopy::IntoBytes;
 
-use super::control::{COALESCING, Control, MAX_MESSAGE};
-use super::handshake::{Handshake, SLOT_HEADER, Step};
-use super::pages::{Reader, Shared};
-use super::receive::{self, PEEK, Part};
+use super::control::{Control, MAX_MESSAGE};
+use super::crossing::Crossing;
+use super::handshake::{Handshake, Step};
+use super::objects::COALESCING;
+use super::pages::Shared;
+use super::receives::{MAX_PARTS, RECEIVES, Receives};
+use super::sends::{Ended, SENDS, Sends};
 use super::session::{NicCounters, Receive, Send, Session, statistics};
-use super::slots::{Slot, Slots};
-use super::transmit::{Front, Limits, next_frame};
 use super::worker::Fault;
 
-/// Frames that can be under way to the network.
-const SENDS: u16 = 256;
-/// Frames for which slots lie with the network.
-const RECEIVES: u16 = 256;
-/// The most slots for one frame: a coalesced one of the greatest length, with the smallest slots.
-const MAX_PARTS: usize = MAX_FRAME.div_ceil(2048 - SLOT_HEADER as usize);
-/// The most frames in one packet of the guest, as it is told when it begins.
-pub(super) const MAX_FRAMES: usize = 8;
 /// Slots that are kept for answers to control messages.
 const CONTROL_SLOTS: usize = 4;
 /// Answers to control messages that wait for a slot.
@@ -71,65 +57,28 @@ pub(super) struct Primary {
     pub control: Control,
     /// Answers and indications that are still to be put into slots.
     pub pending: VecDeque<Vec<u8>>,
-}
-
-/// A packet of the guest that is under way.
-#[derive(Clone, Copy, Debug)]
-struct Sending {
-    /// Whom to answer: nobody, if the guest asked for no completion.
-    id: Option<u64>,
-    status: Status,
-    /// Its frames that have not ended.
-    frames: u32,
-}
-
-/// A frame under way.
-#[derive(Clone, Copy, Debug)]
-struct Outgone {
-    packet: u16,
-    len: u32,
-}
-
-/// A slot with a frame in it, or a part of one.
-#[derive(Clone, Copy, Debug)]
-struct Filled {
-    slot: Slot,
-    /// How much of the slot is to be told of.
-    len: u32,
-    /// Whether the frame ends in it.
-    last: bool,
+    /// The guest has been told which channels to send on.
+    pub has_sent_table: bool,
 }
 
 /// One channel's frames. Fields are dropped in order: the queue before what its buffers point to.
 pub(super) struct Engine {
     queue: Option<Box<dyn Queue>>,
-    fronts: Box<[Front]>,
-    memory: GuestMemory,
+    sends: Sends,
+    receives: Receives,
+    /// Holds the guest's memory for as long as the two above.
+    _memory: GuestMemory,
     network: Arc<dyn Network>,
     session: Arc<Session>,
     counters: Arc<[NicCounters]>,
     subchannel: u16,
-    channels: u16,
     primary: Option<Primary>,
-    takes: Offloads,
     /// No more slots are offered.
     closing: bool,
-    slots: Slots,
-    /// Slots that lie with the network, a frame's together.
-    offers: Box<[Vec<Slot>]>,
-    free_offers: Vec<u16>,
-    /// Whether offers take coalesced frames.
-    coalescing: bool,
-    frames: Box<[Outgone]>,
-    free_frames: Vec<u16>,
-    packets: Box<[Sending]>,
-    free_packets: Vec<u16>,
     done: Completions,
     answers: Vec<(u64, Outgoing)>,
-    /// Frames in their slots.
-    received: VecDeque<Filled>,
-    buffers: Vec<Buffer>,
-    segments: Vec<Segment>,
+    /// Bytes of frames that they are about.
+    answered: u64,
 }
 
 impl Engine {
@@ -141,75 +90,79 @@ impl Engine {
         counters: Arc<[NicCounters]>,
         primary: Option<Primary>,
     ) -> Self {
-        let depth = usize::from(SENDS);
-        let idle = Sending { id: None, status: Status::None, frames: 0 };
+        let subchannel = channel.subchannel;
+        let kept = if primary.is_some() { CONTROL_SLOTS } else { 0 };
+        let (own_session, own_network) = (Arc::clone(&session), Arc::clone(&network));
         Self {
             queue: None,
-            fronts: (0..depth).map(|_| Front::new()).collect(),
-            memory: channel.memory.clone(),
-            takes: network.link().takes,
+            sends: Sends::new(channel.memory.clone(), network.link().takes),
+            receives: Receives::new(own_session, own_network, subchannel, kept),
+            _memory: channel.memory.clone(),
             network,
             session,
-            channels: u16::try_from(counters.len()).unwrap_or(u16::MAX),
             counters,
-            subchannel: channel.subchannel,
+            subchannel,
             primary,
             closing: false,
-            slots: Slots::new(0, 0),
-            offers: (0..RECEIVES).map(|_| Vec::with_capacity(MAX_PARTS)).collect(),
-            free_offers: (0..RECEIVES).rev().collect(),
-            coalescing: false,
-            frames: vec![Outgone { packet: 0, len: 0 }; depth].into(),
-            free_frames: (0..SENDS).rev().collect(),
-            packets: vec![idle; depth].into(),
-            free_packets: (0..SENDS).rev().collect(),
-            done: Completions::with_capacity(depth + usize::from(RECEIVES) + 1),
-            answers: Vec::with_capacity(depth),
-            received: VecDeque::with_capacity(usize::from(RECEIVES) * 2),
-            buffers: Vec::with_capacity(1024),
-            segments: Vec::with_capacity(1024),
+            done: Completions::with_capacity(usize::from(SENDS) + usize::from(RECEIVES) + 1),
+            answers: Vec::with_capacity(SENDS.into()),
+            answered: 0,
         }
     }
 
     /// Opens the network's queue and takes this channel's part of the receive buffer.
     pub(super) fn open_queue(&mut self, uring: &mut Uring) -> io::Result<()> {
-        let Some(receive) = self.session.receive.get() else {
+        if self.session.receive.get().is_none() {
             return Err(io::Error::other("a sub-channel without a receive buffer"));
-        };
-        let count = receive.layout.slots / self.channels.max(1);
-        self.slots = Slots::new(count * self.subchannel, count);
+        }
         let config =
             QueueConfig { index: self.subchannel, tag: QUEUE, sends: SENDS, receives: RECEIVES };
         self.queue = Some(self.network.queue(config, uring)?);
+        self.receives.open();
         Ok(())
     }
 
-    fn counters(&self) -> Option<&NicCounters> {
-        self.counters.get(usize::from(self.subchannel))
+    /// What others wake this channel's worker with.
+    pub(super) fn bell(&self) -> Option<Arc<EventFd>> {
+        self.session.bell(self.subchannel).map(|bell| Arc::clone(&bell.event))
     }
 
     fn count(&self, counter: impl Fn(&NicCounters)) {
-        if let Some(counters) = self.counters() {
+        if let Some(counters) = self.counters.get(usize::from(self.subchannel)) {
             counter(counters);
         }
     }
 
     /// Packets that can be taken now, as far as the tables go.
     pub(super) fn room(&self) -> u32 {
-        let packets = self.free_packets.len().min(self.free_frames.len() / MAX_FRAMES);
-        u32::try_from(packets).unwrap_or(u32::MAX)
+        u32::try_from(self.sends.room()).unwrap_or(u32::MAX)
     }
 
     /// Answers that are still to be given, now or when frames have been sent.
     pub(super) fn owed(&self) -> u32 {
-        let owed = self.answers.len() + self.packets.len() - self.free_packets.len();
+        let owed = self.answers.len() + self.sends.under_way();
         u32::try_from(owed).unwrap_or(u32::MAX)
+    }
+
+    /// Answers that are ready, and the bytes of the frames that they are about.
+    pub(super) fn answers(&self) -> (u32, u64) {
+        (u32::try_from(self.answers.len()).unwrap_or(u32::MAX), self.answered)
+    }
+
+    /// Whether the guest has still to complete something that was delivered.
+    pub(super) fn is_owed_completions(&self) -> bool {
+        self.receives.slots.with_guest() > 0
+    }
+
+    /// Whether there is something to do that the ring does not tell of.
+    pub(super) fn is_ready(&self) -> bool {
+        self.receives.has_news() || self.queue.as_ref().is_some_and(|queue| queue.is_ready())
     }
 
     /// Whether something waits for room in the outgoing ring.
     pub(super) fn has_deliveries(&self) -> bool {
         let control = self.primary.as_ref().is_some_and(|primary| !primary.pending.is_empty());
-        !self.received.is_empty() || (control && self.slots.free() > 0)
+        self.receives.is_waiting() || (control && self.receives.slots.free() > 0)
     }
 
     /// Frames and buffers that lie with the network.
@@ -217,9 +170,10 @@ impl Engine {
         self.queue.as_ref().map_or(0, |queue| queue.in_flight())
     }
 
-    /// See [`Queue::prepare_to_sleep`].
+    /// See [`Queue::prepare_to_sleep`]; other channels are asked too.
     pub(super) fn prepare_to_sleep(&mut self) -> bool {
-        self.queue.as_mut().is_none_or(|queue| queue.prepare_to_sleep())
+        self.receives.prepare_to_sleep(self.closing)
+            && self.queue.as_mut().is_none_or(|queue| queue.prepare_to_sleep())
     }
 
     /// Asks the network for its buffers, and offers no more.
@@ -238,7 +192,7 @@ impl Engine {
         uring: &mut Uring,
     ) -> Result<(), Fault> {
         if packet.kind == PacketKind::Completion {
-            if self.slots.complete(packet.transaction_id).is_err() {
+            if self.receives.complete(packet.transaction_id).is_err() {
                 self.count(|counters| counters.not_sent.add(1));
                 crate::limited!(debug!("netvsp: a completion of nothing"));
             }
@@ -258,7 +212,8 @@ impl Engine {
             return self.negotiate(id, &message, channel, uring);
         }
         let rndis = message.body::<RndisPacket>();
-        let Some(rndis) = rndis.filter(|rndis| self.look_up(packet, rndis)) else {
+        let send = self.session.send.get();
+        let Some(rndis) = rndis.filter(|rndis| self.sends.look_up(packet, rndis, send)) else {
             self.count(|counters| counters.malformed.add(1));
             self.answer(id, completed(Status::InvalidRndisPacket));
             return Ok(());
@@ -296,12 +251,14 @@ impl Engine {
         match reply.step {
             Step::None => {}
             Step::ReceiveBuffer(layout) => {
+                let channels = u16::try_from(self.counters.len()).unwrap_or(u16::MAX);
                 let receive = Receive {
                     memory: shared(layout.gpadl),
                     layout,
                     version: primary.handshake.version(),
                     capabilities: primary.handshake.capabilities(),
                     max_frame: primary.handshake.max_frame(),
+                    crossing: Crossing::new(layout.slots, channels),
                 };
                 if !receive.capabilities.has(Capabilities::RSC) {
                     primary.control.forbid_coalescing();
@@ -309,6 +266,8 @@ impl Engine {
                 // The handshake shares it once.
                 let _ = self.session.receive.set(receive);
                 self.open_queue(uring)?;
+                // From now on the queue tells of changes; what there was before is seen here.
+                self.link_is(self.network.link().up);
             }
             Step::SendBuffer(layout) => {
                 let _ = self.session.send.set(Send { memory: shared(layout.gpadl), layout });
@@ -323,86 +282,23 @@ impl Engine {
         Ok(())
     }
 
-    /// Finds the bytes of a packet's RNDIS messages and leaves where they are in `self.segments`.
-    /// False if there is something wrong with that.
-    fn look_up(&mut self, packet: &Packet<'_>, rndis: &RndisPacket) -> bool {
-        self.segments.clear();
-        if rndis.section != RndisPacket::NO_SECTION {
-            let Some(send) = self.session.send.get() else { return false };
-            let Send { memory, layout } = send;
-            if rndis.section >= layout.sections || rndis.section_len > layout.section_size {
-                return false;
-            }
-            let offset = rndis.section * layout.section_size;
-            self.segments.extend(memory.segments(offset, rndis.section_len));
-        }
-        let ranges = match packet.kind {
-            PacketKind::GpaDirect => packet.gpa_ranges(),
-            _ => Ok(GpaRanges::EMPTY),
-        };
-        let Ok(ranges) = ranges else { return false };
-        self.segments.extend(ranges.flat_map(|range| range.segments()));
-        true
-    }
-
-    /// Hands the frames of a packet to the network.
+    /// Hands the frames of the packet that was looked up to the network.
     fn send(&mut self, id: Option<u64>, uring: &mut Uring) {
         let (Some(queue), Some(receive)) = (&mut self.queue, self.session.receive.get()) else {
             return;
         };
-        let Some(index) = self.free_packets.pop() else { return };
-        let limits = Limits { max_frame: receive.max_frame, takes: self.takes };
-        let mut reader = Reader::new(&self.memory, &self.segments);
-        let mut packet = Sending { id, status: Status::Success, frames: 0 };
-        let mut malformed = None;
-        loop {
-            // The worker takes no packet without room for its frames.
-            let slot =
-                self.free_frames.last().copied().filter(|_| packet.frames < MAX_FRAMES as u32);
-            let Some(slot) = slot else {
-                if reader.left() > 0 {
-                    malformed = Some("a packet has too many frames".to_owned());
-                }
-                break;
-            };
-            let Some(front) = self.fronts.get_mut(usize::from(slot)) else { break };
-            let frame = match next_frame(&mut reader, &limits, front, &mut self.buffers) {
-                Ok(Some(frame)) => frame,
-                Ok(None) => break,
-                Err(error) => {
-                    malformed = Some(error.to_string());
-                    break;
-                }
-            };
-            self.free_frames.pop();
-            packet.frames += 1;
-            if let Some(place) = self.frames.get_mut(usize::from(slot)) {
-                *place = Outgone { packet: index, len: frame.len };
-            }
-            let frame = Frame {
-                id: slot.into(),
-                len: frame.len,
-                buffers: &self.buffers,
-                offload: frame.offload,
-            };
-            // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped until
-            // after queue and ring are gone, or in the slot's front, which is not used again
-            // before the frame has ended; a guest may write to its memory at any time.
-            unsafe { queue.send(frame, uring, &mut self.done) };
-        }
+        let (end, malformed) =
+            self.sends.send(id, receive.max_frame, queue.as_mut(), uring, &mut self.done);
         if let Some(why) = malformed {
-            packet.status = Status::InvalidRndisPacket;
-            if let Some(counters) = self.counters.get(usize::from(self.subchannel)) {
-                counters.malformed.add(1);
-            }
+            self.count(|counters| counters.malformed.add(1));
             crate::limited!(debug!("netvsp: a packet was dropped: {why}"));
         }
-        if let Some(place) = self.packets.get_mut(usize::from(index)) {
-            *place = packet;
-        }
-        if packet.frames == 0 {
-            self.free_packets.push(index);
-            self.answer(id, completed(packet.status));
+        self.ended(end);
+    }
+
+    fn ended(&mut self, end: Option<Ended>) {
+        if let Some(Ended { id, status }) = end {
+            self.answer(id, completed(status));
         }
     }
 
@@ -412,12 +308,7 @@ impl Engine {
             return self.answer(id, completed(Status::Failure));
         };
         let mut bytes = [0; MAX_MESSAGE];
-        let mut reader = Reader::new(&self.memory, &self.segments);
-        let len = usize::try_from(reader.left()).unwrap_or(usize::MAX);
-        let message = bytes.get_mut(..len).and_then(|bytes| {
-            reader.read(bytes)?;
-            Some(&*bytes)
-        });
+        let message = self.sends.read(&mut bytes);
         let Some(message) = message.filter(|_| primary.handshake.is_ready()) else {
             self.count(|counters| counters.malformed.add(1));
             return self.answer(id, completed(Status::InvalidRndisPacket));
@@ -451,49 +342,27 @@ impl Engine {
         }
     }
 
-    /// Offers slots to the network, and ends its batch.
-    pub(super) fn turn(&mut self, uring: &mut Uring) {
-        let (Some(queue), Some(receive)) = (&mut self.queue, self.session.receive.get()) else {
-            return;
-        };
+    /// Takes what other channels have left, offers slots to the network, and ends its batch. Returns
+    /// how many frames others have left.
+    pub(super) fn turn(&mut self, uring: &mut Uring) -> u32 {
+        if let Some(bell) = self.session.bell(self.subchannel) {
+            bell.wake.awake();
+        }
+        let Some(queue) = &mut self.queue else { return 0 };
         if self.session.is_revoked() && !self.closing {
             self.closing = true;
             queue.recall(uring, &mut self.done);
         }
-        if self.coalescing != self.session.is_coalescing() {
+        let arrivals = self.receives.arrivals();
+        if self.receives.changes_size() {
             // What lies with the network is of the wrong size.
-            self.coalescing = !self.coalescing;
             queue.recall(uring, &mut self.done);
         }
-        let size = receive.layout.slot_size;
-        let room = size - SLOT_HEADER;
-        // A frame lies in no more pieces than the network takes.
-        let parts = if self.coalescing {
-            (MAX_FRAME as u32).div_ceil(room).min(MAX_PARTS as u32) as usize
-        } else {
-            1
-        };
-        let kept = if self.primary.is_some() { CONTROL_SLOTS } else { 0 };
-        while !self.closing
-            && self.slots.free() >= parts + kept
-            && let Some(index) = self.free_offers.last().copied()
-            && let Some(offer) = self.offers.get_mut(usize::from(index))
-        {
-            offer.clear();
-            offer.extend((0..parts).map_while(|_| self.slots.take()));
-            self.buffers.clear();
-            for slot in &*offer {
-                let offset = u32::from(*slot) * size + SLOT_HEADER;
-                // That this is memory was looked at when the buffer was shared.
-                receive.memory.buffers(offset, room, &mut self.buffers);
-            }
-            self.buffers.truncate(MAX_BUFFERS);
-            self.free_offers.pop();
-            // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped until
-            // after queue and ring are gone.
-            unsafe { queue.offer(index.into(), &self.buffers, uring, &mut self.done) };
+        if !self.closing {
+            self.receives.offer(queue.as_mut(), uring, &mut self.done);
         }
         queue.turn(uring, &mut self.done);
+        arrivals
     }
 
     /// Takes a completion of the worker's ring.
@@ -503,106 +372,46 @@ impl Engine {
         }
     }
 
-    /// Turns what has happened on the network into answers and deliveries. Returns how much.
+    /// Turns what has happened on the network into answers and deliveries, here or on other channels.
+    /// Returns how much.
     pub(super) fn settle(&mut self) -> u32 {
         let mut count = 0;
         while let Some(completion) = self.done.pop() {
             count += 1;
             match completion {
                 Completion::Sent { id, result } => self.sent(id, result.is_ok()),
-                Completion::Received { id, len, offload } => self.receive(id, len, &offload),
-                Completion::Returned { id } => {
-                    self.take_back(id, 0);
+                Completion::Received { id, len, offload } => {
+                    let fate = self.receives.receive(id, len, &offload);
+                    self.count(|counters| counters.count_received(fate, len));
                 }
-                Completion::Link(up) => {
-                    let indication =
-                        self.primary.as_mut().and_then(|primary| primary.control.set_link(up));
-                    if let Some(indication) = indication {
-                        self.reply(indication);
-                    }
-                }
+                Completion::Returned { id } => self.receives.take_back(id, 0),
+                Completion::Link(up) => self.link_is(up),
             }
         }
+        self.receives.wake_others();
         count
     }
 
+    /// Tells the guest if it does not know that the link is so.
+    fn link_is(&mut self, up: bool) {
+        let Some(primary) = &mut self.primary else { return };
+        if let Some(indication) = primary.control.set_link(up) {
+            self.reply(indication);
+        }
+    }
+
     fn sent(&mut self, id: u32, well: bool) {
-        let Ok(slot) = u16::try_from(id) else { return };
-        let Some(Outgone { packet: index, len }) = self.frames.get(usize::from(slot)).copied()
-        else {
-            return;
-        };
-        self.free_frames.push(slot);
-        if let Some(counters) = self.counters() {
+        let Some((len, end)) = self.sends.sent(id) else { return };
+        self.answered += u64::from(len);
+        self.count(|counters| {
             if well {
                 counters.sent.add(1);
                 counters.sent_bytes.add(len.into());
             } else {
                 counters.send_drops.add(1);
             }
-        }
-        let Some(packet) = self.packets.get_mut(usize::from(index)) else { return };
-        packet.frames = packet.frames.saturating_sub(1);
-        if packet.frames == 0 {
-            let Sending { id, status, .. } = *packet;
-            self.free_packets.push(index);
-            self.answer(id, completed(status));
-        }
-    }
-
-    /// An offer has ended, its first `used` slots with a frame in them: gives the others back.
-    fn take_back(&mut self, id: u32, used: usize) {
-        let Ok(index) = u16::try_from(id) else { return };
-        let Some(offer) = self.offers.get_mut(usize::from(index)) else { return };
-        for slot in offer.drain(used.min(offer.len())..) {
-            self.slots.give_back(slot);
-        }
-        self.free_offers.push(index);
-    }
-
-    /// Prepares a frame that has come for the guest.
-    fn receive(&mut self, id: u32, len: u32, offload: &Offload) {
-        let used = self.prepare(id, len, offload);
-        self.take_back(id, used.unwrap_or(0));
-        let Some(_) = used else {
-            return self.count(|counters| counters.unwanted.add(1));
-        };
-        self.count(|counters| {
-            counters.received.add(1);
-            counters.received_bytes.add(len.into());
         });
-    }
-
-    /// Writes the headers of a frame's slots. Returns how many slots it has; `None` if the guest
-    /// does not want it.
-    fn prepare(&mut self, id: u32, len: u32, offload: &Offload) -> Option<usize> {
-        let Receive { memory, layout, capabilities, .. } = self.session.receive.get()?;
-        let offer = self.offers.get(usize::try_from(id).ok()?)?;
-        let room = layout.slot_size - SLOT_HEADER;
-        let parts = len.div_ceil(room) as usize;
-        let slots = offer.get(..parts)?;
-        let (first, later) = slots.split_first()?;
-        let offset = u32::from(*first) * layout.slot_size;
-        let mut peek = [0; PEEK];
-        if self.session.is_revoked() || !memory.read(offset + SLOT_HEADER, &mut peek) {
-            return None;
-        }
-        let wishes = self.session.wishes(*capabilities);
-        let part = if later.is_empty() { Part::Whole } else { Part::First };
-        let inbound = receive::prepare(&peek, len.min(room), part, offload, &wishes)?;
-        memory.write(offset, inbound.front());
-        let last = later.is_empty();
-        self.received.push_back(Filled { slot: *first, len: inbound.len, last });
-        let mut left = len.saturating_sub(room);
-        for slot in later {
-            let last = left <= room;
-            // Neither can fail: what is left is as long as there are slots for it.
-            let Some(inbound) = receive::prepare_later(left.min(room), last) else { continue };
-            memory.write(u32::from(*slot) * layout.slot_size, inbound.front());
-            self.received.push_back(Filled { slot: *slot, len: inbound.len, last });
-            left = left.saturating_sub(room);
-        }
-        Some(parts)
+        self.ended(end);
     }
 
     /// Puts answers and deliveries into the outgoing ring, as far as there is room. Returns how
@@ -615,6 +424,7 @@ impl Engine {
             (None, None) => return Ok(0),
         };
         // There is room for every answer: packets are not taken without.
+        self.answered = 0;
         for (id, message) in self.answers.drain(..) {
             channel.outgoing.push(
                 PacketKind::Completion,
@@ -626,44 +436,43 @@ impl Engine {
         }
         let Some(receive) = self.session.receive.get() else { return Ok(pushed) };
         if self.session.is_revoked() {
-            for filled in self.received.drain(..) {
-                self.slots.give_back(filled.slot);
-            }
+            self.receives.drop_waiting();
             return Ok(pushed);
         }
         let size = receive.layout.slot_size;
         let reserved = self.owed().saturating_mul(ANSWER).saturating_add(DELIVERY);
+        if channel.outgoing.free()? >= reserved
+            && let Some(primary) = &mut self.primary
+            && primary.owes_table(&receive.crossing)
+        {
+            primary.has_sent_table = true;
+            let (message, table) = send_table(receive.crossing.open_channels());
+            let payload = [message.as_bytes(), table.as_bytes()];
+            channel.outgoing.push(PacketKind::InBand, PacketFlags::NONE, 0, &payload)?;
+            pushed += 1;
+        }
         let mut ranges = [TransferRange { len: 0, offset: 0 }; MAX_RANGES];
         let mut headers = [0; 8 + 8 * MAX_RANGES];
         while channel.outgoing.free()? >= reserved {
+            let slots = &mut self.receives.slots;
             let control = match &mut self.primary {
                 Some(primary) if !primary.pending.is_empty() => {
-                    self.slots.take().zip(primary.pending.pop_front())
+                    slots.take().zip(primary.pending.pop_front())
                 }
                 _ => None,
             };
-            let (id, count, kind) = if let Some((slot, message)) = control {
+            let (handed_over, kind) = if let Some((slot, message)) = control {
                 let offset = u32::from(slot) * size;
                 if message.len() > size as usize || !receive.memory.write(offset, &message) {
-                    self.slots.give_back(slot);
+                    slots.give_back(slot);
                     continue;
                 }
                 ranges[0] = TransferRange { len: message.len() as u32, offset };
-                (self.slots.hand_over([slot]), 1, ChannelType::Control)
+                (slots.hand_over([slot]).map(|id| (id, 1)), ChannelType::Control)
             } else {
-                // As many frames as there is room for, and none in part.
-                let mut count = 0;
-                for (index, (range, filled)) in ranges.iter_mut().zip(&self.received).enumerate() {
-                    *range =
-                        TransferRange { len: filled.len, offset: u32::from(filled.slot) * size };
-                    if filled.last {
-                        count = index + 1;
-                    }
-                }
-                let batch = self.received.drain(..count).map(|filled| filled.slot);
-                (self.slots.hand_over(batch), count, ChannelType::Data)
+                (self.receives.hand_over(size, &mut ranges), ChannelType::Data)
             };
-            let Some(id) = id else { break };
+            let Some((id, count)) = handed_over else { break };
             let named = ranges.get(..count).unwrap_or_default();
             let Some(headers) = write_transfer_pages(&mut headers, receive.layout.id, named) else {
                 break;
@@ -679,15 +488,40 @@ impl Engine {
                 &[message.bytes(version)],
             )?;
             pushed += 1;
-            if let Some(counters) = self.counters.get(usize::from(self.subchannel)) {
-                counters.deliveries.add(1);
-            }
+            self.count(|counters| counters.deliveries.add(1));
         }
         Ok(pushed)
+    }
+}
+
+impl Drop for Engine {
+    /// By now the worker's ring is gone, and with it all that the network would do with the slots.
+    fn drop(&mut self) {
+        self.receives.close();
+    }
+}
+
+impl Primary {
+    /// Whether the guest is to be told which channels to send on: once it has opened all that it was
+    /// granted, for it would send on others too.
+    fn owes_table(&self, crossing: &Crossing) -> bool {
+        let granted = self.handshake.subchannels().filter(|granted| *granted > 0);
+        !self.has_sent_table
+            && self.handshake.version() >= Version::V5
+            && granted.is_some_and(|granted| crossing.open_channels() > granted.into())
     }
 }
 
 /// That RNDIS messages have been taken.
 fn completed(status: Status) -> Outgoing {
     Outgoing::new(MessageKind::SendRndisPacketComplete, &RndisPacketComplete { status })
+}
+
+/// Which of so many channels to send on: each in turn. The table follows the message, which is as long
+/// as the longest, since Linux looks there for hosts that speak less than version 6.1.
+fn send_table(channels: usize) -> (Outgoing, [u32; SEND_TABLE_ENTRIES]) {
+    let (count, offset) = (SEND_TABLE_ENTRIES as u32, size_of::<Outgoing>() as u32);
+    let message =
+        Outgoing::new(MessageKind::SendIndirectionTable, &SendIndirectionTable { count, offset });
+    (message, std::array::from_fn(|entry| (entry % channels.max(1)) as u32))
 }

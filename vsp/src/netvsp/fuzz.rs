@@ -8,8 +8,9 @@ use vmbus::packet::Segment;
 use vmbus::rndis::{HEADER_SIZE, Header};
 use zerocopy::FromBytes;
 
-use super::control::{Control, Identity, MAX_MESSAGE};
+use super::control::{Control, MAX_MESSAGE};
 use super::handshake::{Grants, Handshake, SLOT_HEADER, Step};
+use super::objects::{Identity, Objects};
 use super::pages::Reader;
 use super::slots::Slots;
 use super::transmit::{Front, Limits, next_frame};
@@ -20,7 +21,7 @@ use super::transmit::{Front, Limits, next_frame};
 pub(crate) fn fuzz_nvsp(mut data: &[u8]) {
     let grants = Grants { subchannels: 3, max_mtu: 9000 };
     let mut handshake = Handshake::new(grants);
-    let mut slots = Slots::new(0, 0);
+    let mut slots = Slots::new(0, 0..0);
     let mut sent = Vec::new();
     while let Some((len, rest)) = data.split_first() {
         if *len == u8::MAX {
@@ -57,7 +58,8 @@ pub(crate) fn fuzz_nvsp(mut data: &[u8]) {
                 assert!(bytes <= u64::from(layout.gpadl.0) * 4096 && layout.slots > 0);
                 let frame = u32::from(handshake.mtu()) + ETHERNET_HEADER as u32 + 4;
                 assert!(layout.slot_size >= SLOT_HEADER + frame);
-                slots = Slots::new(0, layout.slots);
+                slots = Slots::new(layout.slots, 0..layout.slots);
+                (0..layout.slots).for_each(|slot| slots.come_home(slot));
                 sent.clear();
                 while let Some(slot) = slots.take()
                     && sent.len() < 4
@@ -95,7 +97,7 @@ pub(crate) fn fuzz_control(mut data: &[u8]) {
         takes: Offloads::ALL,
         gives: Offloads::ALL,
     };
-    let mut control = Control::new(identity, &link);
+    let mut control = Control::new(Objects::new(identity, &link));
     let mut up = true;
     while let Some(([low, high], rest)) = data.split_first_chunk() {
         let len = usize::from(u16::from_le_bytes([*low, *high])).min(MAX_MESSAGE);
@@ -112,8 +114,8 @@ pub(crate) fn fuzz_control(mut data: &[u8]) {
         }
         let settings = control.settings();
         assert!(settings.address.is_station());
-        if let Some(table) = settings.indirection {
-            assert!(table.iter().all(|channel| *channel < 4));
+        if let Some(spread) = settings.spread {
+            assert!(spread.table.iter().all(|channel| *channel < 4));
         }
     }
 }

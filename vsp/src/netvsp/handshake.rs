@@ -109,7 +109,8 @@ pub(super) struct Handshake {
     send: Option<SendLayout>,
     /// One receive buffer and one send buffer have been shared; there is no second one.
     shared: [bool; 2],
-    subchannels: bool,
+    /// Sub-channels that were granted.
+    subchannels: Option<u16>,
 }
 
 impl Handshake {
@@ -122,7 +123,7 @@ impl Handshake {
             receive: None,
             send: None,
             shared: [false; 2],
-            subchannels: false,
+            subchannels: None,
         }
     }
 
@@ -144,6 +145,11 @@ impl Handshake {
     /// What the guest can do.
     pub(super) fn capabilities(&self) -> Capabilities {
         self.capabilities
+    }
+
+    /// Sub-channels that the guest was granted, once it has asked.
+    pub(super) fn subchannels(&self) -> Option<u16> {
+        self.subchannels
     }
 
     /// Whether RNDIS messages can go both ways.
@@ -189,7 +195,7 @@ impl Handshake {
                 Some(_) => Reply { answer: None, step: Step::RevokeSend },
                 None => Reply::NOTHING,
             },
-            MessageKind::SubChannel => self.subchannels(message),
+            MessageKind::SubChannel => self.grant_subchannels(message),
             _ => Reply::NOTHING,
         }
     }
@@ -273,16 +279,16 @@ impl Handshake {
         Reply { answer, step }
     }
 
-    fn subchannels(&mut self, message: &Message<'_>) -> Reply {
+    fn grant_subchannels(&mut self, message: &Message<'_>) -> Reply {
         let count = message.body::<SubchannelRequest>().and_then(|request| {
             let count = u16::try_from(request.count).unwrap_or(u16::MAX);
             (self.version() >= Version::V5
                 && self.is_ready()
-                && !self.subchannels
+                && self.subchannels.is_none()
                 && request.operation == SubchannelRequest::ALLOCATE)
                 .then_some(count.min(self.grants.subchannels))
         });
-        self.subchannels |= count.is_some();
+        self.subchannels = self.subchannels.or(count);
         let body = SubchannelComplete {
             status: if count.is_some() { Status::Success } else { Status::Failure },
             count: count.unwrap_or(0).into(),

@@ -4,26 +4,38 @@
 //!   Nic                  a device on the bus, plugged into a network
 //!    ├─ Session          what its channels share: buffers, filter, address
 //!    └─ Worker           one for each open channel: a thread with an io_uring of its own
-//!        └─ Engine       frames under way: packets in, frames to the network's queue and back
+//!        ├─ Vigil            whether to stay awake for a moment
+//!        └─ Engine           packets in, frames to the network's queue and back
 //!            ├─ Handshake    how the first channel is taken into use (NVSP)
-//!            ├─ Control      the NIC's settings (RNDIS)
-//!            ├─ transmit     frames in what the guest sends
-//!            ├─ receive      frames for the guest
-//!            └─ Slots        whose the slots of the receive buffer are
+//!            ├─ Control      what the guest and the NIC say to each other (RNDIS)
+//!            │   └─ Objects      the NIC's settings
+//!            ├─ Sends        frames under way out of the guest
+//!            │   └─ transmit     the frames in a packet
+//!            └─ Receives     frames under way into the guest
+//!                ├─ receive      what is said of a frame
+//!                ├─ Slots        whose the slots of the receive buffer are
+//!                ├─ Steering     which channel a frame is for
+//!                └─ Crossing     how it gets there
 //! ```
 //!
 //! A guest opens the NIC's channel, and as many sub-channels as the network has further queues and
 //! the guest further processors. Each channel has a queue of its own and its own part of the receive
-//! buffer, so that workers share no more than what the guest has set.
+//! buffer, so that workers share no more than what the guest has set, and the frames that it wants on
+//! another channel than they came by.
 
 mod control;
+mod crossing;
 mod engine;
 mod fuzz;
 mod handshake;
+mod objects;
 mod pages;
 mod receive;
+mod receives;
+mod sends;
 mod session;
 mod slots;
+mod steering;
 mod transmit;
 mod worker;
 
@@ -39,9 +51,11 @@ use tracing::{debug, warn};
 use vmbus::{Guid, nvsp};
 use vmbus_server::{Channel, Device, OfferParams};
 
-use control::{Control, Identity};
+use crate::vigil::has_spare_processors;
+use control::Control;
 use engine::{Engine, Primary};
 use handshake::{Grants, Handshake};
+use objects::{Identity, Objects};
 use session::Session;
 use worker::Worker;
 
@@ -72,7 +86,9 @@ pub struct Nic {
     identity: Identity,
     network: Arc<dyn Network>,
     counters: Arc<[NicCounters]>,
-    session: Arc<Session>,
+    /// Since the first channel was opened.
+    session: Option<Arc<Session>>,
+    may_spin: bool,
 }
 
 impl fmt::Debug for Nic {
@@ -99,8 +115,17 @@ impl Nic {
             identity,
             network,
             counters: (0..channels).map(|_| NicCounters::default()).collect(),
-            session: Arc::default(),
+            session: None,
+            may_spin: false,
         }
+    }
+
+    /// Tells that its partition has `vps` virtual processors. If the host has more, workers may stay
+    /// awake for a moment when something is near.
+    #[must_use]
+    pub fn with_vps(mut self, vps: u32) -> Self {
+        self.may_spin = has_spare_processors(vps);
+        self
     }
 
     /// What passes through it, by channel.
@@ -109,18 +134,20 @@ impl Nic {
     }
 
     /// What the first channel does besides. With it the guest begins anew.
-    fn begin(&mut self) -> Primary {
-        self.session = Arc::default();
+    fn begin(&mut self) -> io::Result<Primary> {
+        self.session = Some(Arc::new(Session::new(self.identity.channels)?));
         if let Err(error) = self.network.set_receive_offloads(Offloads::NONE) {
             warn!("netvsp{}: the network keeps coalescing: {error}", self.number);
         }
         let grants =
             Grants { subchannels: self.identity.channels - 1, max_mtu: self.identity.max_mtu };
-        Primary {
+        let objects = Objects::new(self.identity.clone(), &self.network.link());
+        Ok(Primary {
             handshake: Handshake::new(grants),
-            control: Control::new(self.identity.clone(), &self.network.link()),
+            control: Control::new(objects),
             pending: VecDeque::new(),
-        }
+            has_sent_table: false,
+        })
     }
 }
 
@@ -140,14 +167,16 @@ impl Device for Nic {
 
     fn open(&mut self, channel: Channel) -> io::Result<()> {
         let (number, subchannel) = (self.number, channel.subchannel);
-        let primary = (subchannel == 0).then(|| self.begin());
-        let (network, session) = (Arc::clone(&self.network), Arc::clone(&self.session));
-        let counters = self.counters();
+        let primary = (subchannel == 0).then(|| self.begin()).transpose()?;
+        let session = self.session.clone();
+        let session = session.ok_or_else(|| io::Error::other("a sub-channel comes first"))?;
+        let network = Arc::clone(&self.network);
+        let (counters, may_spin) = (self.counters(), self.may_spin);
         let (ready, is_ready) = mpsc::sync_channel(1);
         let name = format!("netvsp{number}.{subchannel}");
         thread::Builder::new().name(name).spawn(move || {
             let engine = Engine::new(&channel, network, session, counters, primary);
-            match Worker::new(channel, engine) {
+            match Worker::new(channel, engine, may_spin) {
                 Ok(mut worker) => {
                     let _ = ready.send(Ok(()));
                     match worker.run() {

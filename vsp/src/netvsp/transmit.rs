@@ -76,6 +76,9 @@ pub(super) enum Malformed {
     /// What is left to do to the frame cannot be done.
     #[error("a frame asks for what cannot be done to it")]
     Offload,
+    /// There are too many.
+    #[error("a packet has too many frames")]
+    Count,
     /// It lies in too many pieces.
     #[error("a frame lies in too many pieces")]
     Pieces,

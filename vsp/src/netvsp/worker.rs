@@ -4,9 +4,17 @@
 //! Its turn: take what packets there are, offer slots to the network, enter the kernel once for
 //! all of it, put answers and received frames into the ring, publish once, interrupt at most once.
 //! While it is awake the guest's signals are masked.
+//!
+//! Before it sleeps it keeps [`Vigil`] if there is something to come. There are two, since the guest's
+//! completion of a delivery is near even if the next frame is not: without the first, each frame
+//! that came alone would cost the guest a signal, right where it has just received it.
+//!
+//! That frames have left is news without hurry: the guest wants their memory back, and nothing else.
+//! As long as more of them are expected, such answers wait for each other, a few at a time.
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use backends::uring::{self, Tag, Token, Uring};
 use thiserror::Error;
@@ -15,6 +23,7 @@ use vmbus_server::Channel;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::engine::{ANSWER, DELIVERY, Engine};
+use crate::vigil::{Vigil, system_call_cost};
 
 /// Room for the longest packet that makes sense: some frames, a page each time they cross one.
 const LONGEST_PACKET: usize = 16 * 1024;
@@ -25,8 +34,16 @@ const ENTRIES: u32 = 512;
 /// Packets of a turn. The network shall have them before more are looked for.
 const BATCH: u32 = 64;
 
+/// The most answers that wait for each other, and the most bytes of frames that they are about: who
+/// sends much at a time may wait for its memory.
+const HELD_ANSWERS: u32 = 16;
+const HELD_BYTES: u64 = 16 * 1024;
+
 /// The doorbell among the worker's own operations.
 const DOORBELL: Token = Token::new(Tag::WORKER, 0);
+
+/// What other channels wake it with.
+const BELL: Token = Token::new(Tag::WORKER, 1);
 
 /// Why a worker gave its channel up.
 #[derive(Debug, Error)]
@@ -49,6 +66,20 @@ pub(super) struct Worker {
     engine: Engine,
     channel: Channel,
     doorbell: uring::Doorbell<Arc<EventFd>>,
+    bell: Option<uring::Doorbell<Arc<EventFd>>>,
+    /// For what the guest owes: completions of deliveries.
+    owed: Vigil,
+    /// For what anybody may send.
+    unasked: Vigil,
+    /// Whether there are processors to spare for staying awake.
+    may_spin: bool,
+    started: Instant,
+    /// When there was last something to do, since `started`.
+    last: Duration,
+    /// Whether the guest then owed completions.
+    waits_for_owed: bool,
+    /// Since when answers have been held.
+    held_since: Option<Duration>,
     /// How many of the io_uring's system calls the channel's counters know of.
     enters: u64,
     buffer: Box<[u8]>,
@@ -56,15 +87,32 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Made in the thread that will run it, as an io_uring belongs to its thread.
-    pub(super) fn new(channel: Channel, mut engine: Engine) -> io::Result<Self> {
+    pub(super) fn new(channel: Channel, mut engine: Engine, may_spin: bool) -> io::Result<Self> {
         let mut uring = Uring::new(ENTRIES)?;
         let doorbell = uring::Doorbell::new(Arc::clone(&channel.doorbell), DOORBELL);
         doorbell.arm(&mut uring)?;
+        let bell = engine.bell().map(|event| uring::Doorbell::new(event, BELL));
+        bell.iter().try_for_each(|bell| bell.arm(&mut uring))?;
         if channel.subchannel > 0 {
             engine.open_queue(&mut uring)?;
         }
-        let buffer = vec![0; LONGEST_PACKET].into_boxed_slice();
-        Ok(Self { uring, engine, channel, doorbell, enters: 0, buffer })
+        let unit = system_call_cost()?;
+        Ok(Self {
+            uring,
+            engine,
+            channel,
+            doorbell,
+            bell,
+            owed: Vigil::new(unit),
+            unasked: Vigil::new(unit),
+            may_spin,
+            started: Instant::now(),
+            last: Duration::ZERO,
+            waits_for_owed: false,
+            held_since: None,
+            enters: 0,
+            buffer: vec![0; LONGEST_PACKET].into_boxed_slice(),
+        })
     }
 
     /// Serves the channel until it is to be closed and the network has given all buffers back.
@@ -78,19 +126,62 @@ impl Worker {
                 recalled = true;
             }
             let gathered = if stopping { 0 } else { self.gather()? };
-            self.engine.turn(&mut self.uring);
+            let arrived = self.engine.turn(&mut self.uring);
             self.uring.submit()?;
-            let settled = self.settle()?;
+            let settled = self.settle()? + arrived;
             if stopping && self.engine.in_flight() == 0 {
                 return Ok(());
             }
-            let pushed = self.deliver()?;
-            if gathered == 0 && settled == 0 && pushed == 0 {
+            if gathered + settled > 0 {
+                let gap = self.started.elapsed().saturating_sub(self.last);
+                self.vigil().arrived(gap);
+            }
+            let pushed = if self.holds_answers() { 0 } else { self.deliver()? };
+            if gathered + settled + pushed > 0 {
+                self.last = self.started.elapsed();
+                self.waits_for_owed = self.engine.is_owed_completions();
+            } else if !self.spin()? {
+                if self.held_since.is_some() {
+                    self.deliver()?;
+                }
                 self.sleep(stopping)?;
             }
         }
     }
 
+    /// For what there was to wait when there was last something to do.
+    fn vigil(&mut self) -> &mut Vigil {
+        if self.waits_for_owed { &mut self.owed } else { &mut self.unasked }
+    }
+
+    /// Whether the answers that there are, if there is nothing else, shall wait for others.
+    fn holds_answers(&mut self) -> bool {
+        let (count, bytes) = self.engine.answers();
+        let few = count > 0 && count < HELD_ANSWERS && bytes < HELD_BYTES;
+        if !few || !self.may_spin || self.engine.has_deliveries() || self.vigil().wait().is_none() {
+            return false;
+        }
+        let now = self.started.elapsed();
+        let since = *self.held_since.get_or_insert(now);
+        now.saturating_sub(since) < self.unasked.patience()
+    }
+
+    /// Looks for work a little longer, if some is expected soon. Returns whether there is any.
+    fn spin(&mut self) -> Result<bool, Fault> {
+        let Some(wait) = self.vigil().wait().filter(|_| self.may_spin) else { return Ok(false) };
+        let until = self.last + wait;
+        let can_take = self.room()? > 0;
+        while self.started.elapsed() < until {
+            if (can_take && self.channel.incoming.has_data())
+                || self.uring.is_ready()
+                || self.engine.is_ready()
+            {
+                return Ok(true);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(false)
+    }
     /// Takes packets from the ring. Returns how many.
     fn gather(&mut self) -> Result<u32, Fault> {
         let most = self.room()?.min(BATCH);
@@ -117,6 +208,10 @@ impl Worker {
             if cqe.token == DOORBELL {
                 self.doorbell.heard(&cqe, &mut self.uring)?;
                 self.channel.counters.signals.add(1);
+            } else if cqe.token == BELL {
+                if let Some(bell) = &self.bell {
+                    bell.heard(&cqe, &mut self.uring)?;
+                }
             } else {
                 self.engine.complete(&cqe, &mut self.uring);
             }
@@ -129,6 +224,7 @@ impl Worker {
 
     /// Sends the guest what there is for it. Returns how many packets.
     fn deliver(&mut self) -> Result<u32, Fault> {
+        self.held_since = None;
         let pushed = self.engine.deliver(&mut self.channel)?;
         if pushed > 0 {
             self.channel.counters.packets_out.add(u64::from(pushed));
@@ -165,6 +261,7 @@ impl Worker {
         }
         if self.engine.prepare_to_sleep() {
             self.uring.submit_and_wait(1)?;
+            self.vigil().slept();
         }
         self.channel.mask();
         if wants_room {
