@@ -12,7 +12,7 @@ use hypervisor::{Gpa, Gpn};
 use vmbus::nvsp::{
     Capabilities, ChannelType, Init, InitComplete, Message, MessageKind, NdisConfig, Outgoing,
     ReceiveBufferComplete, RevokeBuffer, RndisPacket, RndisPacketComplete, SendBufferComplete,
-    ShareBuffer, Status, SubchannelComplete, SubchannelRequest, Version,
+    SendIndirectionTable, ShareBuffer, Status, SubchannelComplete, SubchannelRequest, Version,
 };
 use vmbus::packet::{PacketFlags, PacketKind};
 use vmbus::protocol::GpadlId;
@@ -20,8 +20,9 @@ use vmbus::rndis::{
     self, HEADER_SIZE, Header, Initialize, ObjectRequest, Oid, PacketBody, PacketInfo,
     PacketInfoKind, QueryComplete, RequestComplete,
 };
+use vmbus::rndis::{HASH_KEY, INDIRECTION_ENTRIES, ObjectHeader, ReceiveScaleParameters};
 use vmbus_server::Device;
-use vmbus_server::testing::{GuestEnd, pair};
+use vmbus_server::testing::{GuestEnd, STORVSC_RING_PAGES, channel_in, pair};
 use vsp::netvsp::{Nic, NicConfig, NicCounters};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -38,6 +39,7 @@ const SCRATCH: u64 = MIB;
 
 /// A guest with one open channel.
 struct Guest {
+    nic: Nic,
     end: GuestEnd,
     next_id: u64,
     cable: Loopback,
@@ -47,6 +49,7 @@ struct Guest {
     completions: VecDeque<(u64, Vec<u8>)>,
     control: VecDeque<Vec<u8>>,
     frames: VecDeque<Received>,
+    told: VecDeque<Vec<u8>>,
     /// Deliveries that are not completed before the test says so.
     hold: bool,
     held: Vec<u64>,
@@ -85,6 +88,7 @@ impl Guest {
         end.share(GpadlId(1), pages(RECEIVE, RECEIVE_PAGES));
         end.share(GpadlId(2), pages(SEND, SEND_PAGES));
         Self {
+            nic,
             end,
             next_id: 1,
             cable,
@@ -93,6 +97,7 @@ impl Guest {
             completions: VecDeque::new(),
             control: VecDeque::new(),
             frames: VecDeque::new(),
+            told: VecDeque::new(),
             hold: false,
             held: Vec::new(),
         }
@@ -195,10 +200,11 @@ impl Guest {
             self.end.send(PacketKind::InBand, flags, id, packet.as_bytes());
             return id;
         }
-        // Each piece in a page of its own, somewhere in it, and the pages not in order.
+        // Each piece in a page of its own, somewhere in it, and the pages not in order; those of the
+        // packets before stay as they are for a while.
         let mut pages = Vec::new();
         for (n, piece) in pieces.iter().enumerate() {
-            let page = SCRATCH / 4096 + 64 - n as u64;
+            let page = SCRATCH / 4096 + 16 * (2 + id % 8) - n as u64;
             let offset = n as u64 * 40;
             self.put(page * 4096 + offset, piece);
             pages.push((piece.len() as u32, offset as u32, [page]));
@@ -228,6 +234,10 @@ impl Guest {
             return true;
         }
         let id = packet.transaction_id;
+        if packet.kind == PacketKind::InBand {
+            self.told.push_back(packet.payload.to_vec());
+            return true;
+        }
         let pages = packet.transfer_pages().unwrap();
         assert_eq!(pages.buffer, 0xCAFE);
         let named = Message::parse(packet.payload).unwrap();
@@ -271,9 +281,7 @@ impl Guest {
     }
 
     fn complete(&mut self, id: u64) {
-        let body = RndisPacketComplete { status: Status::Success };
-        let message = Outgoing::new(MessageKind::SendRndisPacketComplete, &body);
-        self.end.send(PacketKind::Completion, PacketFlags::NONE, id, message.as_bytes());
+        complete(&mut self.end, id);
     }
 
     fn until<T>(&mut self, mut what: impl FnMut(&mut Self) -> Option<T>) -> T {
@@ -315,6 +323,13 @@ impl Guest {
         assert_eq!(self.frame().frame, sent);
         self.succeeds(id);
     }
+}
+
+/// Completes a delivery.
+fn complete(end: &mut GuestEnd, id: u64) {
+    let body = RndisPacketComplete { status: Status::Success };
+    let message = Outgoing::new(MessageKind::SendRndisPacketComplete, &body);
+    end.send(PacketKind::Completion, PacketFlags::NONE, id, message.as_bytes());
 }
 
 /// Reads a slot as Linux does.
@@ -573,6 +588,159 @@ fn sub_channels_are_offered_as_granted() {
         std::thread::sleep(Duration::from_millis(1));
     }
     panic!("no sub-channels were offered");
+}
+
+/// The rings of a guest's second channel.
+const SECOND_RINGS: Gpn = Gpn(2 * MIB / 4096);
+
+/// Asks for sub-channels, and opens the one that there is.
+fn open_second(guest: &mut Guest) -> GuestEnd {
+    let ask = SubchannelRequest { operation: SubchannelRequest::ALLOCATE, count: 1 };
+    let answer: SubchannelComplete = guest.ask(MessageKind::SubChannel, &ask);
+    assert_eq!((answer.status, answer.count), (Status::Success, 1));
+    reopen_second(guest)
+}
+
+fn reopen_second(guest: &mut Guest) -> GuestEnd {
+    let (channel, end) = channel_in(&guest.end.memory, SECOND_RINGS, STORVSC_RING_PAGES, 1);
+    guest.nic.open(channel).unwrap();
+    end
+}
+
+/// Has all values of the hash go to the channel that `entry` names.
+fn spread(guest: &mut Guest, entry: impl Fn(usize) -> u8) {
+    let parameters = ReceiveScaleParameters {
+        header: ObjectHeader { kind: 0x89, revision: 2, size: 40 },
+        flags: 0,
+        base_cpu: 0,
+        hash: 0x1701,
+        table_size: 4 * INDIRECTION_ENTRIES as u16,
+        padding0: 0,
+        table_offset: 40,
+        key_size: HASH_KEY as u16,
+        padding1: 0,
+        key_offset: 40 + 4 * INDIRECTION_ENTRIES as u32,
+        masks: [0; 3],
+    };
+    let table = (0..INDIRECTION_ENTRIES).flat_map(|index| u32::from(entry(index)).to_le_bytes());
+    let key = (0..HASH_KEY as u8).map(|n| n.wrapping_mul(73) ^ 0x5A);
+    let value: Vec<u8> = parameters.as_bytes().iter().copied().chain(table).chain(key).collect();
+    guest.set(Oid::ReceiveScaleParameters, &value);
+}
+
+/// A TCP segment from port `port`.
+fn segment(port: u16) -> Vec<u8> {
+    let mut bytes = large(100);
+    bytes[34..36].copy_from_slice(&port.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn frames_come_on_the_channel_that_the_table_names() {
+    let mut guest = Guest::new();
+    let second = open_second(&mut guest);
+    // Each channel's completions go back by it.
+    let mut both = Both::new(guest, second);
+    // Which channels to send on: each in turn.
+    let told = both.first.until(|guest| guest.told.pop_front());
+    let (message, table) = told.split_at(40);
+    let message = Message::parse(message).unwrap();
+    assert_eq!(message.kind, MessageKind::SendIndirectionTable);
+    let body = message.body::<SendIndirectionTable>().unwrap();
+    assert_eq!((body.count, body.offset), (16, 40));
+    assert_eq!(table, [[0, 0, 0, 0], [1, 0, 0, 0]].concat().repeat(8));
+    // The cable brings all back by the channel that sent: even shares are not given by themselves.
+    spread(&mut both.first, |index| (index % 2) as u8);
+    let by_hash = both.pass(0..64);
+    assert!(by_hash.iter().any(|second| *second) && !by_hash.iter().all(|second| *second));
+    assert_eq!(both.pass(0..64), by_hash);
+    // The other way round, live.
+    spread(&mut both.first, |index| 1 - (index % 2) as u8);
+    let opposite: Vec<bool> = by_hash.iter().map(|second| !second).collect();
+    assert_eq!(both.pass(0..64), opposite);
+    // All to one, more than there are slots, so that they must come home; and what is no IP, too.
+    spread(&mut both.first, |_| 1);
+    for _ in 0..20 {
+        assert_eq!(both.pass(0..64), [true; 64]);
+    }
+    both.first.works();
+    assert!(both.first.counters[0].crossed.get() >= 20 * 64);
+    assert_eq!(both.first.counters[0].astray.get() + both.first.counters[0].overrun.get(), 0);
+}
+
+#[test]
+fn frames_for_a_channel_that_closes_come_on_the_first() {
+    let mut guest = Guest::new();
+    let second = open_second(&mut guest);
+    spread(&mut guest, |_| 1);
+    let mut both = Both::new(guest, second);
+    for round in 1..4 {
+        assert_eq!(both.pass(0..32), [true; 32]);
+        // It closes with frames that it has not completed.
+        both.hold = true;
+        assert_eq!(both.pass(0..32), [true; 32]);
+        both.second.request_stop();
+        assert!(both.second.wait_closed(PATIENCE));
+        assert_eq!(both.pass(0..32), [false; 32]);
+        assert_eq!(both.first.counters[0].astray.get(), 32 * round);
+        both.second = reopen_second(&mut both.first);
+        both.hold = false;
+    }
+}
+
+/// A guest with two channels open.
+struct Both {
+    first: Guest,
+    second: GuestEnd,
+    /// The second channel completes nothing.
+    hold: bool,
+}
+
+impl Both {
+    fn new(first: Guest, second: GuestEnd) -> Self {
+        Self { first, second, hold: false }
+    }
+
+    /// Sends a segment from each port on the first channel. Returns whether each came on the second.
+    fn pass(&mut self, ports: std::ops::Range<u16>) -> Vec<bool> {
+        ports
+            .map(|port| {
+                let sent = segment(port);
+                let id = self.first.send(None, &[&data(&[], &sent)]);
+                self.first.succeeds(id);
+                let start = Instant::now();
+                loop {
+                    assert!(start.elapsed() < PATIENCE, "nothing came");
+                    let mut buffer = [0; 8192];
+                    let packet = self.second.receive(&mut buffer);
+                    let packet = packet.map(|packet| {
+                        let pages = packet.transfer_pages().unwrap();
+                        let ranges: Vec<_> = pages.ranges().collect();
+                        assert_eq!(ranges.len(), 1);
+                        (packet.transaction_id, ranges[0])
+                    });
+                    if let Some((id, range)) = packet {
+                        let at = RECEIVE + u64::from(range.offset);
+                        let bytes = self.first.get(at, range.len as usize);
+                        assert!(received(&bytes).frame == sent);
+                        if !self.hold {
+                            complete(&mut self.second, id);
+                        }
+                        self.second.publish();
+                        break true;
+                    }
+                    if let Some(got) = self.first.frames.pop_front() {
+                        assert!(got.frame == sent);
+                        break false;
+                    }
+                    if self.first.end.incoming.has_data() {
+                        self.first.poll();
+                    }
+                    std::thread::yield_now();
+                }
+            })
+            .collect()
+    }
 }
 
 #[test]
