@@ -819,6 +819,42 @@ fn revoking_the_buffers_ends_deliveries() {
     assert!(guest.end.wait_closed(PATIENCE));
 }
 
+/// Buffers that the guest tears down, with or without a word before, are let go of by all channels, also
+/// by those that sleep, and not touched any more.
+#[test]
+fn buffers_that_are_torn_down_are_not_touched_any_more() {
+    for revoked in [true, false] {
+        let mut guest = Guest::new();
+        let second = open_second(&mut guest);
+        spread(&mut guest, |index| (index % 2) as u8);
+        let mut both = Both::new(guest, second);
+        both.pass(0..64);
+        // The last of them may not be completed yet, which keeps nobody.
+        if revoked {
+            let guest = &mut both.first;
+            guest.tell(MessageKind::RevokeReceiveBuffer, &RevokeBuffer { id: 0xCAFE });
+            guest.tell(MessageKind::RevokeSendBuffer, &RevokeBuffer { id: 0 });
+        }
+        for id in [1, 2].map(GpadlId) {
+            if both.first.end.tear_down(id) {
+                assert!(both.first.end.wait_unused(id, PATIENCE));
+            }
+        }
+        let guest = &mut both.first;
+        let len = (RECEIVE_PAGES * 4096) as usize;
+        guest.put(RECEIVE, &vec![0x5A; len]);
+        // They stay in the cable, for which there is no room at its other end.
+        for port in 0..64 {
+            guest.send(None, &[&data(&[], &segment(port))]);
+        }
+        // Nor is anything sent from there.
+        let id = guest.send(Some((3, &data(&[], &segment(1)))), &[]);
+        assert_eq!(guest.status(id), Status::InvalidRndisPacket);
+        assert!(guest.get(RECEIVE, len).iter().all(|byte| *byte == 0x5A));
+        assert!(guest.frames.is_empty());
+    }
+}
+
 #[test]
 fn stopping_ends_the_worker_and_its_frames() {
     let mut guest = Guest::new();

@@ -33,7 +33,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crossbeam_channel::Sender;
 use hypervisor::memory::GuestMemory;
@@ -154,9 +154,13 @@ impl Channel {
         self.link.send(Event::OfferSubchannels { by: self.link.opened, count });
     }
 
-    /// The guest pages that the guest has listed under `id` for this channel.
-    pub fn gpadl(&self, id: GpadlId) -> Option<Arc<[Gpn]>> {
-        self.link.gpadls.get(self.relid, id)
+    /// The guest pages that the guest has listed under `id` for this channel, if it does not want them
+    /// back. While the channel is open it gets them back when there is no [`Gpadl`] any more.
+    pub fn gpadl(&self, id: GpadlId) -> Option<Gpadl> {
+        self.link.gpadls.lend(self.relid, id, || {
+            let Link { opened, events, wake, .. } = &self.link;
+            (*opened, events.clone(), Arc::clone(wake))
+        })
     }
 
     /// [`Incoming::read`], counted.
@@ -273,6 +277,8 @@ pub(crate) enum Event {
     Closed(Opened),
     /// A worker wants sub-channels.
     OfferSubchannels { by: Opened, count: u16 },
+    /// Nobody uses a page list any more that the guest wants back.
+    GpadlUnused { by: Opened, id: GpadlId },
     /// The bus shall end.
     Stop,
 }
@@ -304,23 +310,92 @@ impl Shared {
     }
 }
 
+/// Guest pages that a worker uses: a GPADL. The guest does not get them back before all clones are
+/// gone.
+#[derive(Clone, Debug)]
+pub struct Gpadl(Arc<Lent>);
+
+impl Gpadl {
+    /// The pages, in the guest's order.
+    pub fn pages(&self) -> &Arc<[Gpn]> {
+        &self.0.pages
+    }
+
+    /// Whether the guest wants them back. The doorbell of the channel they are for fires when this
+    /// changes.
+    pub fn is_wanted(&self) -> bool {
+        self.0.wanted.load(Ordering::Acquire)
+    }
+}
+
+#[derive(Debug)]
+struct Lent {
+    pages: Arc<[Gpn]>,
+    wanted: AtomicBool,
+    by: Opened,
+    id: GpadlId,
+    events: Sender<Event>,
+    wake: Arc<EventFd>,
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        // Otherwise the bus asks for it no more than the guest does.
+        if *self.wanted.get_mut() {
+            send(&self.events, &self.wake, Event::GpadlUnused { by: self.by, id: self.id });
+        }
+    }
+}
+
 /// The page lists of all channels, by channel and number.
 #[derive(Clone, Default)]
 pub(crate) struct Gpadls(Arc<Mutex<PageLists>>);
 
-type PageLists = HashMap<(Relid, GpadlId), Arc<[Gpn]>>;
+type PageLists = HashMap<(Relid, GpadlId), PageList>;
+
+struct PageList {
+    pages: Arc<[Gpn]>,
+    lent: Weak<Lent>,
+}
 
 impl Gpadls {
-    fn get(&self, relid: Relid, id: GpadlId) -> Option<Arc<[Gpn]>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&(relid, id)).cloned()
+    fn lock(&self) -> MutexGuard<'_, PageLists> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lend(
+        &self,
+        relid: Relid,
+        id: GpadlId,
+        to: impl FnOnce() -> (Opened, Sender<Event>, Arc<EventFd>),
+    ) -> Option<Gpadl> {
+        let mut lists = self.lock();
+        let list = lists.get_mut(&(relid, id))?;
+        if let Some(lent) = list.lent.upgrade() {
+            return Some(Gpadl(lent));
+        }
+        let (by, events, wake) = to();
+        let pages = Arc::clone(&list.pages);
+        let lent = Arc::new(Lent { pages, wanted: AtomicBool::new(false), by, id, events, wake });
+        list.lent = Arc::downgrade(&lent);
+        Some(Gpadl(lent))
     }
 
     pub(crate) fn insert(&self, relid: Relid, id: GpadlId, pages: Arc<[Gpn]>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert((relid, id), pages);
+        self.lock().insert((relid, id), PageList { pages, lent: Weak::new() });
+    }
+
+    /// Lends a list no more. Returns whether somebody uses it; then an [`Event::GpadlUnused`] follows.
+    pub(crate) fn want(&self, relid: Relid, id: GpadlId) -> bool {
+        let list = self.lock().remove(&(relid, id));
+        let Some(lent) = list.and_then(|list| list.lent.upgrade()) else { return false };
+        // If all others let go now, it is dropped here, and tells of it.
+        lent.wanted.store(true, Ordering::Release);
+        true
     }
 
     pub(crate) fn remove(&self, relid: Relid, id: GpadlId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&(relid, id));
+        self.lock().remove(&(relid, id));
     }
 }
 
@@ -335,10 +410,14 @@ pub(crate) struct Link {
 
 impl Link {
     fn send(&self, event: Event) {
-        // No receiver: the bus is gone, and with it all who would care.
-        if self.events.send(event).is_ok() {
-            let _ = self.wake.write(1);
-        }
+        send(&self.events, &self.wake, event);
+    }
+}
+
+fn send(events: &Sender<Event>, wake: &EventFd, event: Event) {
+    // No receiver: the bus is gone, and with it all who would care.
+    if events.send(event).is_ok() {
+        let _ = wake.write(1);
     }
 }
 

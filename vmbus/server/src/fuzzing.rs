@@ -70,6 +70,8 @@ struct Bench {
     open: BTreeSet<Relid>,
     asked_to_close: BTreeSet<Relid>,
     gpadls: BTreeMap<(Relid, GpadlId), usize>,
+    /// Those that the guest wants back and a worker has not let go of.
+    in_use: BTreeSet<(Relid, GpadlId)>,
 }
 
 impl Bench {
@@ -85,6 +87,7 @@ impl Bench {
             open: none(),
             asked_to_close: none(),
             gpadls: BTreeMap::new(),
+            in_use: BTreeSet::new(),
         }
     }
 
@@ -122,7 +125,18 @@ impl Bench {
                     let before = self.gpadls.insert((relid, gpadl), pages.len());
                     assert_eq!(before, None, "{gpadl} was there");
                 }
+                Action::GpadlWanted { relid, gpadl } => {
+                    // Some are let go of at once, some when their channel closes.
+                    if gpadl.0.is_multiple_of(2) {
+                        self.server.gpadl_unused(relid, gpadl);
+                    } else if self.gpadls.contains_key(&(relid, gpadl)) {
+                        self.in_use.insert((relid, gpadl));
+                    }
+                }
                 Action::GpadlRemoved { relid, gpadl } => {
+                    if self.in_use.remove(&(relid, gpadl)) {
+                        assert!(!self.open.contains(&relid), "{gpadl} is in use");
+                    }
                     assert!(self.gpadls.remove(&(relid, gpadl)).is_some(), "no {gpadl}");
                 }
             }

@@ -251,6 +251,11 @@ impl Bus {
                     self.server.offer_subchannels(by.relid, *count);
                 }
             }
+            Event::GpadlUnused { by, id } => {
+                if self.is_current(*by) {
+                    self.server.gpadl_unused(by.relid, *id);
+                }
+            }
             Event::Stop => {
                 self.stopping = true;
                 self.server.reset();
@@ -313,6 +318,14 @@ impl Bus {
                 }
                 Action::GpadlAdded { relid, gpadl, pages } => {
                     self.gpadls.insert(relid, gpadl, pages);
+                }
+                Action::GpadlWanted { relid, gpadl } => {
+                    if !self.gpadls.want(relid, gpadl) {
+                        self.server.gpadl_unused(relid, gpadl);
+                    } else if let Some(running) = self.running.get(&relid) {
+                        // Fails only when the counter is full, and then the worker is awake anyway.
+                        let _ = running.doorbell.write(1);
+                    }
                 }
                 Action::GpadlRemoved { relid, gpadl } => self.gpadls.remove(relid, gpadl),
             }

@@ -179,8 +179,11 @@ impl Server {
     /// Pays what was owed until the worker had stopped.
     fn stopped(&mut self, relid: Relid) {
         self.rescind_subchannels(relid);
-        for gpadl in self.gpadls.torn_down(relid) {
-            self.give_back(relid, gpadl);
+        for owner in [Some(relid), self.channels.get(relid).and_then(|channel| channel.primary)] {
+            let Some(owner) = owner.filter(|owner| self.channels.is_idle(*owner)) else { continue };
+            for gpadl in self.gpadls.torn_down(owner) {
+                self.give_back(owner, gpadl);
+            }
         }
         self.withdraw_if_done(relid);
         self.finish_reset();
@@ -398,15 +401,28 @@ impl Server {
     fn gpadl_teardown(&mut self, relid: Relid, gpadl: GpadlId) {
         // Whose list it is decides, not whose the guest says it is.
         let owner = self.gpadls.owner(gpadl).unwrap_or(relid);
-        let in_use = self.channels.get(owner).is_some_and(|channel| match channel.state {
-            State::Closed => false,
-            State::Opening { ring, .. } | State::Open { ring } => ring == gpadl,
-            State::Closing => true,
-        });
-        if in_use && self.gpadls.tear_down_later(gpadl) {
+        if self.gpadls.torn_down(owner).contains(&gpadl) {
             return;
         }
-        self.give_back(owner, gpadl);
+        if self.channels.is_idle(owner) || !self.gpadls.tear_down_later(gpadl) {
+            return self.give_back(owner, gpadl);
+        }
+        // A ring is in use until its worker stops; who else uses pages is not known here.
+        let until_stopped = self.channels.get(owner).is_some_and(|channel| match channel.state {
+            State::Opening { ring, .. } | State::Open { ring } => ring == gpadl,
+            State::Closing => true,
+            State::Closed => false,
+        });
+        if !until_stopped {
+            self.actions.push_back(Action::GpadlWanted { relid: owner, gpadl });
+        }
+    }
+
+    /// No worker uses a list any more that the guest wants back, as [`Action::GpadlWanted`] said.
+    pub fn gpadl_unused(&mut self, relid: Relid, gpadl: GpadlId) {
+        if self.gpadls.torn_down(relid).contains(&gpadl) {
+            self.give_back(relid, gpadl);
+        }
     }
 
     fn give_back(&mut self, relid: Relid, gpadl: GpadlId) {

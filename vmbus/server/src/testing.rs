@@ -50,6 +50,7 @@ pub struct GuestEnd {
     events: Receiver<Event>,
     closed: bool,
     subchannels: Option<u16>,
+    unused: Vec<GpadlId>,
 }
 
 /// Counts interrupts instead of raising them.
@@ -138,6 +139,7 @@ pub fn channel_in(
         events,
         closed: false,
         subchannels: None,
+        unused: Vec::new(),
     };
     (channel, guest)
 }
@@ -220,6 +222,27 @@ impl GuestEnd {
         self.gpadls.insert(self.relid, id, pages);
     }
 
+    /// Wants the pages of `id` back. Returns whether the host's end still uses them.
+    pub fn tear_down(&self, id: GpadlId) -> bool {
+        let used = self.gpadls.want(self.relid, id);
+        if used {
+            self.doorbell.write(1).expect("an eventfd");
+        }
+        used
+    }
+
+    /// Waits until the host's end has let go of the pages of `id`, for at most `timeout`; false if it has
+    /// not.
+    pub fn wait_unused(&mut self, id: GpadlId, timeout: Duration) -> bool {
+        while !self.unused.contains(&id) {
+            match self.events.recv_timeout(timeout) {
+                Ok(event) => self.note(&event),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
     /// Asks the host's worker to end, as the bus does when the guest closes the channel.
     pub fn request_stop(&self) {
         self.shared.stop(&self.doorbell);
@@ -258,6 +281,7 @@ impl GuestEnd {
         match event {
             Event::Closed(_) => self.closed = true,
             Event::OfferSubchannels { count, .. } => self.subchannels = Some(*count),
+            Event::GpadlUnused { id, .. } => self.unused.push(*id),
             Event::Stop => {}
         }
     }

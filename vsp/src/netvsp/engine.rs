@@ -22,6 +22,7 @@ use vmbus::packet::{
 };
 use vmbus::protocol::GpadlId;
 use vmbus_server::Channel;
+use vmbus_server::channel::Gpadl;
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
@@ -32,7 +33,7 @@ use super::objects::COALESCING;
 use super::pages::Shared;
 use super::receives::{MAX_PARTS, RECEIVES, Receives};
 use super::sends::{Ended, SENDS, Sends};
-use super::session::{NicCounters, Receive, Send, Session, statistics};
+use super::session::{Loan, NicCounters, Receive, Send, Session, statistics};
 use super::worker::Fault;
 
 /// Slots that are kept for answers to control messages.
@@ -75,6 +76,9 @@ pub(super) struct Engine {
     primary: Option<Primary>,
     /// No more slots are offered.
     closing: bool,
+    /// This channel's parts in the guest's buffers.
+    receive_pages: Option<Gpadl>,
+    send_pages: Option<Gpadl>,
     done: Completions,
     answers: Vec<(u64, Outgoing)>,
     /// Bytes of frames that they are about.
@@ -104,6 +108,8 @@ impl Engine {
             subchannel,
             primary,
             closing: false,
+            receive_pages: None,
+            send_pages: None,
             done: Completions::with_capacity(usize::from(SENDS) + usize::from(RECEIVES) + 1),
             answers: Vec::with_capacity(SENDS.into()),
             answered: 0,
@@ -117,6 +123,8 @@ impl Engine {
         }
         let config =
             QueueConfig { index: self.subchannel, tag: QUEUE, sends: SENDS, receives: RECEIVES };
+        self.receive_pages = self.session.receive_loan.join();
+        self.send_pages = self.session.send_loan.join();
         self.queue = Some(self.network.queue(config, uring)?);
         self.receives.open();
         Ok(())
@@ -172,8 +180,24 @@ impl Engine {
 
     /// See [`Queue::prepare_to_sleep`]; other channels are asked too.
     pub(super) fn prepare_to_sleep(&mut self) -> bool {
-        self.receives.prepare_to_sleep(self.closing)
+        let Self { session, closing, receive_pages, send_pages, .. } = self;
+        let (no_slots, no_frames) = (self.receives.is_idle(), self.sends.under_way() == 0);
+        let has_more = || {
+            (session.receive_loan.is_over() && (!*closing || (receive_pages.is_some() && no_slots)))
+                || (session.send_loan.is_over() && send_pages.is_some() && no_frames)
+        };
+        self.receives.prepare_to_sleep(has_more)
             && self.queue.as_mut().is_none_or(|queue| queue.prepare_to_sleep())
+    }
+
+    /// Lets go of buffers that the guest wants back, as soon as the network has done so.
+    fn let_go(&mut self) {
+        if self.session.receive_loan.is_over() && self.receives.is_idle() {
+            self.receive_pages = None;
+        }
+        if self.session.send_loan.is_over() && self.sends.under_way() == 0 {
+            self.send_pages = None;
+        }
     }
 
     /// Asks the network for its buffers, and offers no more.
@@ -212,7 +236,7 @@ impl Engine {
             return self.negotiate(id, &message, channel, uring);
         }
         let rndis = message.body::<RndisPacket>();
-        let send = self.session.send.get();
+        let send = self.session.send.get().filter(|_| !self.session.send_loan.is_over());
         let Some(rndis) = rndis.filter(|rndis| self.sends.look_up(packet, rndis, send)) else {
             self.count(|counters| counters.malformed.add(1));
             self.answer(id, completed(Status::InvalidRndisPacket));
@@ -242,18 +266,24 @@ impl Engine {
             self.answer(id, completed(Status::Failure));
             return Ok(());
         };
-        let pages = |gpadl: GpadlId| channel.gpadl(gpadl).map(|pages| pages.len());
-        let reply = primary.handshake.take(message, pages);
-        let shared = |gpadl: GpadlId| {
-            let pages = channel.gpadl(gpadl).unwrap_or_default();
-            Shared::new(channel.memory.clone(), pages)
+        let gpadl = |id: GpadlId| channel.gpadl(id);
+        let reply =
+            primary.handshake.take(message, |id| gpadl(id).map(|pages| pages.pages().len()));
+        let shared = |id: GpadlId, loan: &Loan| {
+            // It was there a moment ago; if the guest wants it back already, it has no pages.
+            let pages = gpadl(id).map(|gpadl| {
+                let pages = Arc::clone(gpadl.pages());
+                loan.begin(gpadl);
+                pages
+            });
+            Shared::new(channel.memory.clone(), pages.unwrap_or_default())
         };
         match reply.step {
             Step::None => {}
             Step::ReceiveBuffer(layout) => {
                 let channels = u16::try_from(self.counters.len()).unwrap_or(u16::MAX);
                 let receive = Receive {
-                    memory: shared(layout.gpadl),
+                    memory: shared(layout.gpadl, &self.session.receive_loan),
                     layout,
                     version: primary.handshake.version(),
                     capabilities: primary.handshake.capabilities(),
@@ -270,12 +300,12 @@ impl Engine {
                 self.link_is(self.network.link().up);
             }
             Step::SendBuffer(layout) => {
-                let _ = self.session.send.set(Send { memory: shared(layout.gpadl), layout });
+                let memory = shared(layout.gpadl, &self.session.send_loan);
+                let _ = self.session.send.set(Send { memory, layout });
+                self.send_pages = self.session.send_loan.join();
             }
-            // Each worker takes its slots back with its next turn.
-            Step::RevokeReceive => self.session.revoke(),
-            // What still lies there has been taken before.
-            Step::RevokeSend => {}
+            Step::RevokeReceive => self.session.revoke_receive(),
+            Step::RevokeSend => self.session.revoke_send(),
             Step::Subchannels(count) => channel.offer_subchannels(count),
         }
         self.answer(id, reply.answer.unwrap_or_else(|| completed(Status::Success)));
@@ -348,8 +378,14 @@ impl Engine {
         if let Some(bell) = self.session.bell(self.subchannel) {
             bell.wake.awake();
         }
+        if self.receive_pages.as_ref().is_some_and(Gpadl::is_wanted) {
+            self.session.revoke_receive();
+        }
+        if self.send_pages.as_ref().is_some_and(Gpadl::is_wanted) {
+            self.session.revoke_send();
+        }
         let Some(queue) = &mut self.queue else { return 0 };
-        if self.session.is_revoked() && !self.closing {
+        if self.session.receive_loan.is_over() && !self.closing {
             self.closing = true;
             queue.recall(uring, &mut self.done);
         }
@@ -389,6 +425,7 @@ impl Engine {
             }
         }
         self.receives.wake_others();
+        self.let_go();
         count
     }
 
@@ -435,7 +472,7 @@ impl Engine {
             pushed += 1;
         }
         let Some(receive) = self.session.receive.get() else { return Ok(pushed) };
-        if self.session.is_revoked() {
+        if self.session.receive_loan.is_over() {
             self.receives.drop_waiting();
             return Ok(pushed);
         }

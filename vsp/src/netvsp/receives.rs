@@ -236,7 +236,7 @@ impl Receives {
         let (first, later) = slots.split_first()?;
         let offset = u32::from(*first) * layout.slot_size;
         let mut look = [0; LOOK];
-        if self.session.is_revoked() || !memory.read(offset + SLOT_HEADER, &mut look) {
+        if self.session.receive_loan.is_over() || !memory.read(offset + SLOT_HEADER, &mut look) {
             return None;
         }
         let wishes = self.session.wishes(*capabilities);
@@ -322,14 +322,19 @@ impl Receives {
         })
     }
 
+    /// Whether no slots lie with the network.
+    pub(super) fn is_idle(&self) -> bool {
+        self.free_offers.len() == usize::from(RECEIVES)
+    }
+
     /// Whether this channel may sleep; from now on others wake it. False if they have left something
-    /// already.
-    pub(super) fn prepare_to_sleep(&mut self, closing: bool) -> bool {
+    /// already, or the channel `has_more` to do.
+    pub(super) fn prepare_to_sleep(&mut self, has_more: impl FnOnce() -> bool) -> bool {
         if let Some(Receive { crossing, layout, .. }) = self.session.receive.get() {
             let starved = self.slots.free() < self.parts(layout.slot_size) + self.kept;
             crossing.set_hungry(self.channel, starved);
         }
-        let has_news = || self.has_news() || (self.session.is_revoked() && !closing);
+        let has_news = || self.has_news() || has_more();
         self.session.bell(self.channel).is_none_or(|bell| bell.wake.may_sleep(has_news))
     }
 

@@ -11,7 +11,7 @@ use backends::net::MacAddr;
 use backends::net::switch::wake::Wake;
 use vmbus::nvsp::{Capabilities, Version};
 use vmbus::rndis::PacketFilter;
-use vmbus_server::channel::Counter;
+use vmbus_server::channel::{Counter, Gpadl};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::crossing::Crossing;
@@ -40,6 +40,35 @@ pub(super) struct Receive {
 pub(super) struct Send {
     pub memory: Shared,
     pub layout: SendLayout,
+}
+
+/// A buffer that the guest has shared, until it wants it back. Each worker has a part in it.
+#[derive(Debug, Default)]
+pub(super) struct Loan {
+    gpadl: Mutex<Option<Gpadl>>,
+    over: AtomicBool,
+}
+
+impl Loan {
+    /// The buffer lies in these pages.
+    pub(super) fn begin(&self, gpadl: Gpadl) {
+        *self.gpadl.lock().unwrap_or_else(PoisonError::into_inner) = Some(gpadl);
+    }
+
+    /// A part in it, to be kept for as long as the network may use the buffer.
+    pub(super) fn join(&self) -> Option<Gpadl> {
+        self.gpadl.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the guest wants it back: nothing new may be put there or taken from there.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    fn end(&self) {
+        self.over.store(true, Ordering::Release);
+        self.gpadl.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
 }
 
 /// Wakes one channel's worker for what others have left to it.
@@ -71,8 +100,9 @@ pub(super) struct Session {
     pub send: OnceLock<Send>,
     /// One for each channel there can be.
     pub bells: Box<[Bell]>,
-    /// The receive buffer is the guest's again.
-    revoked: AtomicBool,
+    /// Of the pages of the two.
+    pub receive_loan: Loan,
+    pub send_loan: Loan,
     filter: AtomicU32,
     address: AtomicU64,
     coalescing: AtomicBool,
@@ -88,7 +118,8 @@ impl Session {
             receive: OnceLock::new(),
             send: OnceLock::new(),
             bells: (0..channels).map(|_| Bell::new()).collect::<io::Result<_>>()?,
-            revoked: AtomicBool::new(false),
+            receive_loan: Loan::default(),
+            send_loan: Loan::default(),
             filter: AtomicU32::new(0),
             address: AtomicU64::new(0),
             coalescing: AtomicBool::new(false),
@@ -118,13 +149,15 @@ impl Session {
     }
 
     /// Nothing more may be put into the receive buffer. All workers wake and take their slots back.
-    pub(super) fn revoke(&self) {
-        self.revoked.store(true, Ordering::Release);
+    pub(super) fn revoke_receive(&self) {
+        self.receive_loan.end();
         self.bells.iter().for_each(Bell::ring);
     }
 
-    pub(super) fn is_revoked(&self) -> bool {
-        self.revoked.load(Ordering::Acquire)
+    /// Nothing more may be sent from the send buffer. All workers wake and let go of it.
+    pub(super) fn revoke_send(&self) {
+        self.send_loan.end();
+        self.bells.iter().for_each(Bell::ring);
     }
 
     /// What the guest has set is this from now on.

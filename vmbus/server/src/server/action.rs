@@ -61,6 +61,15 @@ pub enum Action {
         /// Its pages. All are RAM.
         pages: Arc<[Gpn]>,
     },
+    /// The guest wants a list of pages back. When no worker uses it any more, call
+    /// [`Server::gpadl_unused`](super::Server::gpadl_unused); when the device's workers have stopped, it
+    /// is removed by itself.
+    GpadlWanted {
+        /// The channel it is for.
+        relid: Relid,
+        /// Its number.
+        gpadl: GpadlId,
+    },
     /// A list of pages is the guest's again.
     GpadlRemoved {
         /// The channel it was for.

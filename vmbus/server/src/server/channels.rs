@@ -104,6 +104,17 @@ impl Channels {
         self.by_relid.iter().filter(|(_, c)| ours(c)).map(|(relid, _)| *relid).collect()
     }
 
+    /// Whether neither a channel nor a sub-channel of it has a worker, or is about to: the worker of one
+    /// may use what is the other's.
+    pub(super) fn is_idle(&self, relid: Relid) -> bool {
+        let busy = |channel: &Channel| channel.state != State::Closed;
+        let own = self.get(relid).is_some_and(busy);
+        !own && !self
+            .by_relid
+            .values()
+            .any(|channel| channel.primary == Some(relid) && busy(channel))
+    }
+
     /// Whether any has a worker, or is about to.
     pub(super) fn are_busy(&self) -> bool {
         self.by_relid.values().any(|channel| channel.state != State::Closed)

@@ -114,6 +114,13 @@ impl Bench {
         );
     }
 
+    fn expect_wanted(&mut self, gpadl: u32) {
+        match self.rest.pop_front() {
+            Some(Action::GpadlWanted { gpadl: wanted, .. }) => assert_eq!(wanted, GpadlId(gpadl)),
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn expect_close(&mut self, relid: u32) {
         let action = self.rest.pop_front();
         assert!(
@@ -433,6 +440,43 @@ fn a_worker_may_give_up_by_itself() {
     bench.expect_removed(5);
     bench.expect::<GpadlTorndown>(MessageKind::GpadlTorndown);
     bench.open(1, 6);
+}
+
+#[test]
+fn shared_pages_are_given_back_when_no_worker_uses_them() {
+    let mut bench = Bench::connected(Version::V5_3);
+    bench.open(1, 5);
+    bench.server.offer_subchannels(Relid(1), 1);
+    bench.collect();
+    let relid = bench.expect::<OfferChannel>(MessageKind::OfferChannel).relid.0;
+    bench.open(relid, 6);
+    for id in [7, 8] {
+        bench.gpadl(1, id, &[20, 21]).unwrap();
+        assert!(bench.expect_created(id));
+        bench.expect_pages(id);
+    }
+    // While the channel is open, when its worker says so; not if nobody has asked.
+    bench.server.gpadl_unused(Relid(1), GpadlId(7));
+    bench.collect();
+    bench.quiet();
+    bench.send(&teardown(1, 7)).unwrap();
+    bench.expect_wanted(7);
+    bench.quiet();
+    bench.server.gpadl_unused(Relid(1), GpadlId(7));
+    bench.collect();
+    bench.expect_removed(7);
+    bench.expect::<GpadlTorndown>(MessageKind::GpadlTorndown);
+    // Otherwise when all of the device's workers have stopped: a sub-channel's uses them too.
+    bench.send(&channel(MessageKind::CloseChannel, 1)).unwrap();
+    bench.expect_close(1);
+    bench.expect_close(relid);
+    bench.send(&teardown(1, 8)).unwrap();
+    bench.quiet();
+    bench.closed(1);
+    bench.quiet();
+    bench.closed(relid);
+    bench.expect_removed(8);
+    assert_eq!(bench.expect::<GpadlTorndown>(MessageKind::GpadlTorndown).gpadl, GpadlId(8));
 }
 
 #[test]
