@@ -110,3 +110,8 @@ fn rndis_data() {
 fn switch_frames() {
     replay("switch_frames", backends::net::fuzzing::fuzz_switch);
 }
+
+#[test]
+fn stream_frames() {
+    replay("stream_frames", backends::net::fuzzing::fuzz_stream);
+}

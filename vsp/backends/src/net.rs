@@ -44,11 +44,13 @@ pub mod capture;
 pub mod fuzzing;
 pub mod loopback;
 pub mod offload;
+mod patch;
 mod pieces;
 pub mod segments;
 pub mod stream;
 pub mod switch;
 pub mod tap;
+pub mod uplink;
 pub mod user;
 
 pub use offload::{Offload, Offloads};

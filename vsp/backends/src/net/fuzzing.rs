@@ -1,10 +1,17 @@
 //! What the fuzzers feed to this room.
 #![allow(unsafe_code)]
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
 use super::offload::VirtioNetHeader;
+use super::stream::Stream;
 use super::switch::vlan::PortVlan;
 use super::switch::{PortOptions, Switch, SwitchOptions};
-use super::{Completion, Completions, Frame, Network, Offload, Offloads, QueueConfig};
+use super::{
+    Completion, Completions, ETHERNET_HEADER, Frame, MAX_FRAME, Network, Offload, Offloads,
+    QueueConfig,
+};
 use crate::uring::{Tag, Uring};
 use zerocopy::FromBytes;
 
@@ -79,4 +86,78 @@ pub fn fuzz_switch(input: &[u8]) {
             }
         }
     }
+}
+
+/// Bytes of a stream, the first of which says in pieces of how many of them they come. The frames in
+/// them have to arrive, those that are too short or too long for their buffers apart, until a length
+/// comes that no frame has; that, or the end, takes the link down.
+///
+/// # Panics
+/// If they do not.
+pub fn fuzz_stream(input: &[u8]) {
+    let Some((piece, input)) = input.split_first() else { return };
+    // No more than the socket holds.
+    let input = &input[..input.len().min(64 << 10)];
+    let (Ok(mut uring), Ok((ours, mut theirs))) = (Uring::new(8), UnixStream::pair()) else {
+        return;
+    };
+    let Ok(stream) = Stream::new(ours, "fuzz", 1500) else { return };
+    let config = QueueConfig { index: 0, tag: Tag(1), sends: 1, receives: 4 };
+    let Ok(mut queue) = stream.queue(config, &mut uring) else { return };
+    let mut buffers = vec![[0u8; ROOM]; 4];
+    let mut done = Completions::with_capacity(16);
+    for (id, buffer) in (0..).zip(&mut buffers) {
+        // SAFETY: the buffers outlive the ring's operations, which end below.
+        unsafe { queue.offer(id, &[buffer.as_mut_slice().into()], &mut uring, &mut done) };
+    }
+    let mut pieces = input.chunks(usize::from(*piece) * 16 + 1);
+    let (mut expected, mut up, mut open) = (frames(input), true, true);
+    while up {
+        match pieces.next() {
+            Some(piece) => open &= theirs.write_all(piece).is_ok(),
+            None if open => open = theirs.shutdown(std::net::Shutdown::Write).is_err(),
+            None => {}
+        }
+        queue.turn(&mut uring, &mut done);
+        if uring.submit_and_wait(1).is_err() {
+            return;
+        }
+        while let Some(cqe) = uring.next() {
+            queue.complete(&cqe, &mut uring, &mut done);
+        }
+        while let Some(completion) = done.pop() {
+            match completion {
+                Completion::Received { id, len, offload } => {
+                    let buffer = &mut buffers[id as usize];
+                    assert_eq!(expected.next(), buffer.get(..len as usize));
+                    assert_eq!(offload, Offload::NONE);
+                    // SAFETY: as above.
+                    unsafe {
+                        queue.offer(id, &[buffer.as_mut_slice().into()], &mut uring, &mut done);
+                    }
+                }
+                Completion::Link(false) => up = false,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!(expected.next(), None);
+    queue.recall(&mut uring, &mut done);
+    while queue.in_flight() > 0 && uring.submit_and_wait(1).is_ok() {
+        while let Some(cqe) = uring.next() {
+            queue.complete(&cqe, &mut uring, &mut done);
+        }
+    }
+}
+
+/// The frames of a stream that fit their buffers.
+fn frames(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let whole = std::iter::from_fn(move || {
+        let (len, rest) = bytes.split_first_chunk()?;
+        let len = u32::from_be_bytes(*len) as usize;
+        let frame = rest.get(..len).filter(|_| (1..=MAX_FRAME).contains(&len))?;
+        bytes = rest.get(len..)?;
+        Some(frame)
+    });
+    whole.filter(|frame| (ETHERNET_HEADER..=ROOM).contains(&frame.len()))
 }

@@ -1,5 +1,6 @@
 //! A network behind a stream socket: each frame with its length, four bytes, the highest first, in
-//! front of it. QEMU calls this `-netdev stream`; passt speaks it (see [`super::user`]).
+//! front of it. QEMU calls this `-netdev stream`; passt speaks it (see [`super::user`]), and so do
+//! the switches of two machines (see [`super::uplink`]).
 //!
 //! Frames are sent from the guest's memory, as many in one `sendmsg` as are there; what comes is
 //! received as much at a time as has come, and copied to where its frames belong.
@@ -9,6 +10,7 @@
 mod queue;
 
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,14 +23,14 @@ use crate::uring::Uring;
 #[derive(Debug)]
 pub struct Stream {
     shared: Arc<Shared>,
-    name: String,
     mtu: u16,
 }
 
 #[derive(Debug)]
 struct Shared {
+    name: String,
     socket: UnixStream,
-    /// The other side has gone, or has broken the protocol.
+    /// The other side has gone, or has broken the protocol, or we have hung up.
     gone: AtomicBool,
     /// What was received and not yet passed on; with the queue while one is open.
     inbound: Mutex<Option<Inbound>>,
@@ -50,8 +52,16 @@ impl Stream {
         // The ring waits; the socket itself must not say that it would have to.
         socket.set_nonblocking(false)?;
         let inbound = Mutex::new(Some(Inbound::new()));
-        let shared = Shared { socket, gone: AtomicBool::new(false), inbound };
-        Ok(Self { shared: Arc::new(shared), name: name.into(), mtu })
+        let gone = AtomicBool::new(false);
+        let shared = Shared { name: name.into(), socket, gone, inbound };
+        Ok(Self { shared: Arc::new(shared), mtu })
+    }
+
+    /// Ends the connection. A queue that is open finds it lost, and says nothing.
+    pub fn hang_up(&self) {
+        self.shared.gone.store(true, Ordering::Relaxed);
+        // Refused only if the other side was faster.
+        let _ = self.shared.socket.shutdown(Shutdown::Both);
     }
 
     /// The socket, to be used before a queue is open.
@@ -63,7 +73,7 @@ impl Stream {
 impl Network for Stream {
     fn link(&self) -> Link {
         Link {
-            name: self.name.clone(),
+            name: self.shared.name.clone(),
             up: self.shared.is_up(),
             mtu: self.mtu,
             speed: 10_000,

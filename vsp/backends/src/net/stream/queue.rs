@@ -157,8 +157,9 @@ impl StreamQueue {
     fn lost(&mut self, why: &dyn fmt::Display, done: &mut Completions) {
         if self.up {
             self.up = false;
-            self.shared.gone.store(true, Ordering::Relaxed);
-            tracing::warn!("a network was lost: {why}");
+            if !self.shared.gone.swap(true, Ordering::Relaxed) {
+                tracing::warn!("{} was lost: {why}", self.shared.name);
+            }
             done.push(Completion::Link(false));
         }
         if !self.sending {
