@@ -145,7 +145,7 @@ fn boot_in(
     let mut ide = IdeDisks::default();
     ide.attach(None, None, ide_path)?;
     let nics: Result<Vec<NicOption>, _> = NICS.iter().map(|nic| nic.parse()).collect();
-    let cables = network::plug(&nics?, 1)?;
+    let cables = network::plug(&nics?, &[], 1)?.cables;
     let config = MachineConfig {
         ide,
         nics: cables.iter().filter_map(Plugged::emulated).cloned().collect(),

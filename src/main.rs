@@ -43,7 +43,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Boot Linux and run it until it powers off
-    Run(run::Run),
+    Run(Box<run::Run>),
     /// Boot the guest that partita carries, and show what it does on a disk made for it
     Demo(demo::Demo),
     /// Be the built-in guest of a hosted partition

@@ -1,7 +1,8 @@
 //! What the NICs of `--nic` are plugged into, and what they are.
 //!
 //! Networks are opened first and stay open over the guest's restarts, so that a tap that was made
-//! for it keeps its place in the host; the NICs are made anew.
+//! for it keeps its place in the host; the NICs are made anew. With them stay the switches of
+//! `--switch` and what joins these to the world outside.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
@@ -12,6 +13,7 @@ use backends::net::capture::Captured;
 use backends::net::switch::vlan::PortVlan;
 use backends::net::switch::{PortOptions, Switch, SwitchOptions};
 use backends::net::tap::{Tap, TapOptions};
+use backends::net::uplink::Uplink;
 use backends::net::user::User;
 use backends::net::{MacAddr, Network};
 use emulators::pci;
@@ -19,6 +21,7 @@ use emulators::{E1000_MAX_MTU, E1000Config};
 use vsp::netvsp::{Nic, NicConfig};
 
 use crate::options::nic::{NicAttach, NicBackend, NicOption};
+use crate::options::switch::{SwitchOption, UplinkOption};
 
 /// The MTU of a NIC behind user-mode networking, if it is not said: what every guest starts out
 /// with.
@@ -42,10 +45,56 @@ pub enum Plugged {
     Emulated(E1000Config),
 }
 
-/// Opens what `options` name, for a guest of `vps` processors. NICs that name the same switch are
-/// on one.
-pub fn plug(options: &[NicOption], vps: u32) -> anyhow::Result<Vec<Plugged>> {
-    let mut switches = HashMap::new();
+/// All that the NICs of a machine are plugged into.
+pub struct Networks {
+    /// Of the NICs, in order.
+    pub cables: Vec<Plugged>,
+    /// Are unplugged with this.
+    _uplinks: Vec<Uplink>,
+}
+
+/// Opens what `nics` and `switches` name, for a guest of `vps` processors. NICs that name the same
+/// switch are on one, whether or not it is among `switches`.
+pub fn plug(nics: &[NicOption], switches: &[SwitchOption], vps: u32) -> anyhow::Result<Networks> {
+    let mut made = HashMap::new();
+    for SwitchOption { name, mtu, .. } in switches {
+        let mut options = SwitchOptions::new(name);
+        options.mtu = mtu.unwrap_or(options.mtu);
+        let other = made.insert(name.clone(), Switch::new(options));
+        ensure!(other.is_none(), "--switch {name}: it is given twice");
+        let has_nic = |nic: &NicOption| matches!(&nic.backend, NicBackend::Switch { name: its, .. } if its == name);
+        ensure!(
+            nics.iter().any(has_nic),
+            "--switch {name}: no NIC is on it; one is with --nic backend=switch:{name}"
+        );
+    }
+    let cables = open_all(nics, vps, &mut made)?;
+    let mut uplinks = Vec::new();
+    for SwitchOption { name, uplink, mtu } in switches {
+        if let (Some(uplink), Some(switch)) = (uplink, made.get(name)) {
+            let uplink = join(switch, uplink, *mtu).with_context(|| format!("--switch {name}"))?;
+            uplinks.push(uplink);
+        }
+    }
+    Ok(Networks { cables, _uplinks: uplinks })
+}
+
+/// Plugs an uplink in. A tap that is made for it has the switch's MTU, if one was said.
+fn join(switch: &Switch, uplink: &UplinkOption, mtu: Option<u16>) -> anyhow::Result<Uplink> {
+    Ok(match uplink {
+        UplinkOption::Tap(name) => {
+            Uplink::to_network(switch, Tap::open(name, TapOptions { queues: 1, mtu })?)?
+        }
+        UplinkOption::Socket(path) => Uplink::to_socket(switch, path)?,
+    })
+}
+
+/// The cables of all NICs.
+fn open_all(
+    options: &[NicOption],
+    vps: u32,
+    switches: &mut HashMap<String, Switch>,
+) -> anyhow::Result<Vec<Plugged>> {
     let mut captures = HashSet::new();
     let emulated = options.iter().filter(|option| option.attach == NicAttach::E1000).count();
     ensure!(
@@ -62,7 +111,7 @@ pub fn plug(options: &[NicOption], vps: u32) -> anyhow::Result<Vec<Plugged>> {
                     path.display()
                 );
             }
-            open(number, option, vps, &mut switches).with_context(|| format!("--nic {number}"))
+            open(number, option, vps, switches).with_context(|| format!("--nic {number}"))
         })
         .collect()
 }

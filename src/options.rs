@@ -1,15 +1,17 @@
-//! What the values of command-line options mean: sizes, disks, NICs ([`nic`]), the serial port, the
-//! partition and its SynIC.
+//! What the values of command-line options mean: sizes, disks, NICs ([`nic`]), switches
+//! ([`mod@switch`]), the serial port, the partition and its SynIC.
 //!
 //! A list value such as `path=a.img,readonly=on` is `key=value` pairs parted by commas; a comma
 //! in a value is written twice. Every refusal says what was wrong and what would be right.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use thiserror::Error;
 
 pub mod nic;
+pub mod switch;
 
 /// Why an option's value was refused.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -251,6 +253,18 @@ fn switch(key: &'static str, value: String) -> Result<bool, OptionError> {
         "on" => Ok(true),
         "off" => Ok(false),
         _ => Err(OptionError::Value { key, value, allowed: "on or off" }),
+    }
+}
+
+fn within(
+    range: RangeInclusive<u16>,
+    key: &'static str,
+    value: String,
+    allowed: &'static str,
+) -> Result<u16, OptionError> {
+    match value.parse() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(OptionError::Value { key, value, allowed }),
     }
 }
 

@@ -24,6 +24,7 @@ use vsp::storvsp::{Controller, ControllerBuilder};
 use crate::machine::{Guest, Machine, MachineConfig};
 use crate::network::{self, Plugged};
 use crate::options::nic::NicOption;
+use crate::options::switch::SwitchOption;
 use crate::options::{
     Attach, DiskOption, IrqchipOption, PartitionOption, SerialOption, Size, SynicOption,
 };
@@ -38,6 +39,8 @@ Examples:
   partita run --kernel vmlinuz --disk path=a.img --disk path=b.img,readonly=on,lun=5 \\
       --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
   partita run --kernel vmlinuz --initrd initrd.img --nic backend=tap:tap0,mac=52:54:00:12:34:56
+  partita run --kernel vmlinuz --initrd initrd.img --nic backend=switch:lan \\
+      --switch name=lan,uplink=socket:/tmp/lan.sock
   partita run --builtin 'identify; bench rw=read bs=4k depth=32 time=2s' --disk path=a.img
   partita run --builtin 'exchange len=64' --nic backend=switch:a --nic backend=switch:a
 
@@ -46,9 +49,14 @@ attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 a
 attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes:
 the first that writes owns the disk. A comma in a value is written twice.
 
-NICs take backend=tap:NAME and, separated by commas: mac=ADDRESS, mtu=68..9000, queues=1..64, and
-attach=netvsc, which is a synthetic NIC, or attach=e1000, an Intel 82540EM on a PCI bus (its driver may
-set an MTU of up to 16366, if the network takes it).
+NICs take backend=tap:NAME, backend=switch:NAME with vlan=1..4094 and isolated=on|off, or backend=user
+with hostfwd=tcp|udp:[ADDRESS:]PORT[-GUESTPORT]; and all of them mac=ADDRESS, mtu=68..9000,
+queues=1..64 and pcap=FILE; and attach=netvsc, which is a synthetic NIC, or attach=e1000, an Intel
+82540EM on a PCI bus (its driver may set an MTU of up to 16366, if the network takes it).
+
+A switch joins the NICs of this machine that name it. With --switch it takes name=NAME and mtu=68..9000,
+and uplink=tap:NAME to be joined to the host, or uplink=socket:PATH to be joined to the switches of
+other machines with the same PATH.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N | nic=N]
@@ -90,6 +98,10 @@ pub struct Run {
     /// A NIC: backend=tap:NAME, switch:NAME or user[,KEY=VALUE]…; may be given several times
     #[arg(long, value_name = "NIC")]
     nic: Vec<NicOption>,
+    /// A switch for backend=switch:NAME, with a way out: name=NAME[,KEY=VALUE]…; may be given
+    /// several times
+    #[arg(long, value_name = "SWITCH")]
+    switch: Vec<SwitchOption>,
     /// Where the serial port leads: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOption,
@@ -182,7 +194,7 @@ impl Run {
             );
         }
         controllers(&disks, &ide, self.cpus)?;
-        let cables = network::plug(&self.nic, self.cpus)?;
+        let networks = network::plug(&self.nic, &self.switch, self.cpus)?;
         let (vps, partition, synic) = (self.cpus, self.partition, self.synic);
         let irqchip = self.irqchip;
         let config = MachineConfig {
@@ -193,7 +205,7 @@ impl Run {
             synic,
             irqchip,
             ide: ide.disks.clone(),
-            nics: cables.iter().filter_map(Plugged::emulated).cloned().collect(),
+            nics: networks.cables.iter().filter_map(Plugged::emulated).cloned().collect(),
             prefers_vmbus: ide.all_on_vmbus,
         };
         let mut console = None;
@@ -214,8 +226,8 @@ impl Run {
 
             let mut devices = controllers(&disks, &ide, config.vps)?;
             let mut emulated = machine.nic_counters().into_iter();
-            let mut nic_counters = Vec::with_capacity(cables.len());
-            for cable in &cables {
+            let mut nic_counters = Vec::with_capacity(networks.cables.len());
+            for cable in &networks.cables {
                 if let Some(nic) = cable.synthetic() {
                     nic_counters.push(NicStatistics::Synthetic(nic.counters()));
                     devices.push(Box::new(nic) as Box<dyn Device>);

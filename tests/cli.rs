@@ -183,3 +183,37 @@ fn help_has_examples() {
         assert!(text.contains("Example"), "{text}");
     }
 }
+
+#[test]
+fn switches() {
+    let files = Files::new();
+    let refused = |switches: &[&str]| {
+        let serial = format!("file:{}", files.at("console.log"));
+        let kernel = files.at("text");
+        let mut arguments = vec!["run", "--kernel", &kernel, "--serial", &serial];
+        arguments.extend(["--nic", "backend=switch:lan"]);
+        switches.iter().for_each(|switch| arguments.extend(["--switch", switch]));
+        refusal(&arguments)
+    };
+    assert_eq!(refused(&["name=lan", "name=lan"]), "--switch lan: it is given twice");
+    assert_eq!(
+        refused(&["name=wan"]),
+        "--switch wan: no NIC is on it; one is with --nic backend=switch:wan"
+    );
+    let path = files.at("text");
+    assert_eq!(
+        refused(&[&format!("name=lan,uplink=socket:{path}")]),
+        format!(
+            "--switch lan: {path} is there and is no socket; name one that does not exist, or \
+             another machine's"
+        )
+    );
+    let line = refused(&[&format!("name=lan,uplink=socket:{}", files.at("none/lan"))]);
+    assert!(line.starts_with("--switch lan: cannot use the socket "), "{line}");
+    // What was made before something else was refused is gone.
+    let path = files.at("lan.sock");
+    let line = refused(&[&format!("name=lan,uplink=socket:{path}")]);
+    assert!(line.contains("a 64-bit Linux bzImage or ELF vmlinux is needed"), "{line}");
+    assert!(!Path::new(&path).exists());
+    assert!(!Path::new(&files.at("console.log")).exists());
+}

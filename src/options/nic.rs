@@ -7,7 +7,7 @@ use std::str::FromStr;
 use backends::net::MacAddr;
 use backends::net::user::{Forward, Protocol};
 
-use super::{OptionError, pairs_with, switch};
+use super::{OptionError, pairs_with, switch, within};
 
 /// How a NIC is shown to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,7 +64,7 @@ const NIC_KEYS: &str = "attach, backend, hostfwd, vlan, isolated, mac, mtu, queu
 const BACKENDS: &str = "tap:NAME, switch:NAME or user";
 
 /// Bytes of the shortest MTU that IPv4 allows, and of the longest that is usual.
-const MTUS: std::ops::RangeInclusive<u16> = 68..=9000;
+pub(super) const MTUS: std::ops::RangeInclusive<u16> = 68..=9000;
 
 /// The most queues.
 const QUEUES: std::ops::RangeInclusive<u16> = 1..=64;
@@ -177,18 +177,6 @@ fn forward(s: &str) -> Result<Forward, OptionError> {
 
 fn refused(key: &'static str, value: String, allowed: &'static str) -> OptionError {
     OptionError::Value { key, value, allowed }
-}
-
-fn within(
-    range: std::ops::RangeInclusive<u16>,
-    key: &'static str,
-    value: String,
-    allowed: &'static str,
-) -> Result<u16, OptionError> {
-    match value.parse() {
-        Ok(number) if range.contains(&number) => Ok(number),
-        _ => Err(refused(key, value, allowed)),
-    }
 }
 
 #[cfg(test)]

@@ -73,6 +73,8 @@ impl Bus {
                 Action::DiscardPosts => self.down.clear(),
                 Action::Open(request) => self.server.channel_opened(request.relid, true),
                 Action::Close { relid } => self.stopping.push_back(relid),
+                // No worker uses any list.
+                Action::GpadlWanted { relid, gpadl } => self.server.gpadl_unused(relid, gpadl),
                 Action::Retarget { .. }
                 | Action::GpadlAdded { .. }
                 | Action::GpadlRemoved { .. } => {}
