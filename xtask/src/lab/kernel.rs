@@ -31,7 +31,7 @@ pub(crate) const GUEST_MODULES: &[&str] = &[
     // SCSI and ATA
     "scsi_mod sd_mod sr_mod sg scsi_transport_fc libata ata_piix ata_generic floppy",
     // NICs
-    "e1000 tulip 8139cp pcnet32 ne2k-pci af_packet tun",
+    "e1000 tulip 8139cp pcnet32 ne2k-pci af_packet tun 8021q",
     // virtio
     "virtio_pci virtio_blk virtio_scsi virtio_net virtio_console virtio_rng virtio_balloon",
     "vmw_vsock_virtio_transport 9p 9pnet_virtio",
@@ -45,7 +45,7 @@ pub(crate) const GUEST_MODULES: &[&str] = &[
 /// Modules for L1: KVM, the channels to us, networks of its own, and disks that fail on demand.
 pub(crate) const L1_MODULES: &[&str] = &[
     "kvm-amd irqbypass virtio_pci virtio_console virtio_blk",
-    "tun tap bridge veth dummy sch_netem af_packet vhost_net vhost_vsock vsock",
+    "tun tap bridge veth dummy 8021q sch_netem af_packet vhost_net vhost_vsock vsock",
     "loop nbd null_blk brd scsi_debug sd_mod sg dm-mod dm-flakey dm-delay",
     "fuse overlay squashfs vfat nls_ascii nls_cp437 isofs crc32c_generic crc32c-intel msr cpuid",
 ];

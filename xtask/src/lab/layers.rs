@@ -47,7 +47,7 @@ const TOOLS: &[&str] = &[
 ];
 
 /// Programs in L1 only.
-const L1_TOOLS: &[&str] = &["debugfs filefrag prlimit setpriv strace chrt unshare xorriso"];
+const L1_TOOLS: &[&str] = &["debugfs filefrag passt prlimit setpriv strace chrt unshare xorriso"];
 
 /// The emulator as a peer of ours, in L1 with `--peers`.
 const PEERS: &[&str] = &["qemu-system-x86_64 qemu-storage-daemon qemu-img qemu-io qemu-nbd"];
@@ -175,8 +175,10 @@ impl<'a> Layers<'a> {
         archive.character_device("dev/console", 5, 1)?;
         archive.file("init", 0o755, init.as_bytes())?;
         archive.symlink("etc/mtab", "/proc/self/mounts")?;
-        archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
-        archive.file("etc/group", 0o644, b"root:x:0:\n")?;
+        // What root starts and needs no rights, such as passt, goes on as nobody.
+        let users = b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n";
+        archive.file("etc/passwd", 0o644, users)?;
+        archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
         // What mount tries on a disk when it is not told a type.
         archive.file("etc/filesystems", 0o644, b"ext4\nvfat\niso9660\n")?;
         archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n")?;

@@ -26,6 +26,7 @@ const PACKAGES: &[&str] = &[
     "iperf3",
     "iproute2",
     "kmod",
+    "passt",
     "qemu-system-x86",
     "qemu-utils",
     "sg3-utils",
