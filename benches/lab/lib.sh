@@ -51,16 +51,17 @@ watch_console() {
 }
 
 # per_io VMM: from what its last guest's console and partita's log say, a line for each job: exits to
-# user space, signals, interrupts and system calls of io_uring for each I/O. About a hundred of a job's
+# user space, signals, interrupts and system calls of io_uring for each I/O or packet. About a hundred of a job's
 # exits to user space are its console's.
 per_io() {
     awk -v vmm="$1" '
         function after(word,    i) {
             for (i = 1; i < NF; i++) if ($i == word) return $(i + 1) + 0
         }
-        NR == FNR && $2 ~ /^(rand)?(read|write)-/ {
+        NR == FNR && / (ios|packets)=/ {
             job[++jobs] = $2
-            for (i = 3; i <= NF; i++) if (split($i, pair, "=") == 2 && pair[1] == "ios") ios[jobs] = pair[2]
+            for (i = 3; i <= NF; i++)
+                if (split($i, pair, "=") == 2 && pair[1] ~ /^(ios|packets)$/) ios[jobs] = pair[2]
         }
         NR == FNR { next }
         /^stats: after/ { looks++ }
@@ -83,7 +84,7 @@ per_io() {
 }
 
 # compare VMM...: runs VMM_run of each, in turn. Then the median of each, since emulated processors stand
-# still now and then, and the first's ratio to the second.
+# still now and then, and the first's ratio to each of the others.
 compare() {
     for round in $(seq "$rounds"); do
         for vmm; do
@@ -97,7 +98,7 @@ compare() {
         done
     done
     echo
-    awk -v first="$1" -v second="${2:-$1}" '
+    awk -v vmms="$*" '
         function note(what, value) {
             values[what " " $1] = values[what " " $1] " " value
             if (!(what in seen)) { seen[what] = 1; order[++count] = what }
@@ -116,21 +117,33 @@ compare() {
                 note($3 ", " pair[1] " each", pair[2])
             }
         }
-        $2 ~ /^(randread|read)-/ {
-            note($2 ", I/O/s", field("iops"))
-            if (field("ios") > 0) note($2 ", exits each", field("exits") / field("ios"))
+        / (ios|packets)=/ {
+            if (field("iops") != "") note($2 ", I/O/s", field("iops"))
+            if (field("mbits") != "") note($2 ", Mbit/s", field("mbits"))
+            if (field("ms") != "") note($2 ", ms", field("ms"))
+            each[$2] = field("ios") + field("packets")
+            if (each[$2] > 0) note($2 ", exits each", field("exits") / each[$2])
         }
+        $2 == "interrupts:" && each[$3] > 0 { note($3 ", guest interrupts each", $4 / each[$3]) }
         function median(list,    n, i, j, v, swap) {
             n = split(list, v, " ")
+            if (!n) return "-"
             for (i = 1; i <= n; i++)
                 for (j = i + 1; j <= n; j++)
                     if (v[j] + 0 < v[i] + 0) { swap = v[i]; v[i] = v[j]; v[j] = swap }
-            return n % 2 ? v[(n + 1) / 2] : (v[n / 2] + v[n / 2 + 1]) / 2
+            return sprintf("%.3f", n % 2 ? v[(n + 1) / 2] : (v[n / 2] + v[n / 2 + 1]) / 2)
         }
-        END { for (i = 1; i <= count; i++) {
-            what = order[i]
-            p = median(values[what " " first])
-            q = median(values[what " " second])
-            printf "%-36s %s %10.3f   %s %10.3f   ratio %.2f\n", what, first, p, second, q, q ? p / q : 0
-        } }' results | tee "/lab/out/$name.txt"
+        END {
+            n = split(vmms, vmm, " ")
+            for (i = 1; i <= count; i++) {
+                printf "%-36s", order[i]
+                for (j = 1; j <= n; j++) {
+                    m[j] = median(values[order[i] " " vmm[j]])
+                    printf " %s %10s  ", vmm[j], m[j]
+                }
+                printf " ratio"
+                for (j = 2; j <= n; j++) printf " %s", m[1] != "-" && m[j] + 0 ? sprintf("%.2f", m[1] / m[j]) : "-"
+                print ""
+            }
+        }' results | tee "/lab/out/$name.txt"
 }

@@ -1,7 +1,7 @@
 #!/bin/sh
 # iperf3 and ping between Debian and the lab over a tap: hv_netvsc under Partita, virtio-net under QEMU
-# with and without vhost-net, in turn, in one run of the lab, with exits in each job. SECONDS_EACH is how
-# long a job takes. Run with
+# with and without vhost-net, in turn, in one run of the lab, with exits and interrupts for each packet of
+# the MTU's size, and Partita's signals. SECONDS_EACH is how long a job takes. Run with
 #   cargo xtask lab --peers --all-cores --file benches/lab:/lab/benches -- sh /lab/benches/network.sh
 . "$(dirname "$0")/lib.sh"
 { echo "seconds=${SECONDS_EACH:-3}" && cat "$here/network.guest.sh"; } >guest.sh
@@ -30,10 +30,3 @@ vhost_run() { qemu on; }
 
 # shellcheck disable=SC2086
 compare ${VMMS:-partita virtio vhost}
-# Traffic is not in the table of I/Os.
-echo
-for job in tcp-out tcp-in udp-out udp-in ping; do
-    for vmm in ${VMMS:-partita virtio vhost}; do
-        sed -n "s/^$vmm $job //p" results | sed "s/^/$job $vmm: /"
-    done
-done | tee -a "/lab/out/$name.txt"
