@@ -141,10 +141,13 @@ impl Ring {
         self.frames.get_mut(at)
     }
 
-    /// Goes back to the first buffers, if they are free: they are still in the processor's cache.
+    /// Goes back to the first buffers, which are still in the processor's cache, if all are free, as
+    /// they are where receivers keep up. Otherwise the way from there would lead over those that are
+    /// held, which is slow: another processor has just written to them. Receivers free them in order,
+    /// so the last tells of all.
     fn rewind(&mut self) {
         self.exhausted = false;
-        if self.is_free(0) {
+        if self.next > 0 && self.is_free(self.next - 1) && self.is_free(0) {
             self.next = 0;
         }
     }

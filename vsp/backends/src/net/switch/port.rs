@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -27,18 +28,30 @@ impl AsRawFd for Bell {
     }
 }
 
-/// Inboxes of a table that got frames in this batch.
+/// Inboxes of a table that were to get frames in this batch.
 #[derive(Default)]
 struct Touched {
     inboxes: Vec<usize>,
-    /// For each inbox of the table, whether it is among them.
-    marks: Vec<bool>,
+    /// For each inbox of the table.
+    marks: Vec<Mark>,
+}
+
+/// What has become of a batch's frames for one inbox.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Mark {
+    /// There were any.
+    touched: bool,
+    /// Some were left there.
+    left: bool,
+    /// So many had no room. From the first of them on, none of the batch is tried any more: looking
+    /// would keep the receiver from making room.
+    full: u32,
 }
 
 impl Touched {
     fn of(table: &Table) -> Self {
         let count = table.inboxes.len();
-        Self { inboxes: Vec::with_capacity(count), marks: vec![false; count] }
+        Self { inboxes: Vec::with_capacity(count), marks: vec![Mark::default(); count] }
     }
 
     /// Leaves a frame in a port's inbox: always the same one for a flow.
@@ -55,26 +68,31 @@ impl Touched {
             1 => 0,
             count => flow(frame.bytes()) as usize % count,
         };
-        let Some(inbox) = inboxes.get(chosen) else { return Ok(()) };
-        if inbox.frames.push(Arc::clone(frame)).is_err() {
-            inbox.full.fetch_add(1, Ordering::Relaxed);
-            return Err(Dropped::NoRoom);
-        }
         let index = entry.first + chosen;
-        if let Some(mark) = self.marks.get_mut(index).filter(|mark| !**mark) {
-            *mark = true;
+        let (Some(inbox), Some(mark)) = (inboxes.get(chosen), self.marks.get_mut(index)) else {
+            return Ok(());
+        };
+        if !mark.touched {
+            mark.touched = true;
             self.inboxes.push(index);
         }
+        if mark.full > 0 || inbox.frames.push(Arc::clone(frame)).is_err() {
+            mark.full = mark.full.saturating_add(1);
+            return Err(Dropped::NoRoom);
+        }
+        mark.left = true;
         Ok(())
     }
 
     /// Rings those whose owner may sleep, once for all their frames.
     fn wake(&mut self, table: &Table) {
         for index in self.inboxes.drain(..) {
-            self.marks.get_mut(index).into_iter().for_each(|mark| *mark = false);
-            if let Some(inbox) = table.inboxes.get(index)
-                && inbox.wake.is_due()
-            {
+            let mark = self.marks.get_mut(index).map(mem::take).unwrap_or_default();
+            let Some(inbox) = table.inboxes.get(index) else { continue };
+            if mark.full > 0 {
+                inbox.full.fetch_add(mark.full.into(), Ordering::Relaxed);
+            }
+            if mark.left && inbox.wake.is_due() {
                 ring(inbox);
             }
         }
