@@ -5,12 +5,14 @@
 //! - [`rig`]: storvsc against storvsp over any disk; a worker thread on one side, the caller on the
 //!   other.
 //! - [`wire`]: frames from one port of the virtual switch to another.
+//! - [`nics`]: the same from one netvsc to another, each with its netvsp.
 //! - [`fio`]: the same reads by fio, for comparison.
 //!
-//! `cargo bench -p benches` runs the small ones under criterion; the program `storage` does the
-//! long ones and prints tables. Figures of one machine and one run compare; others do not.
+//! `cargo bench -p benches` runs the small ones under criterion; the programs `storage` and
+//! `network` do the long ones and print tables. Figures of one machine and one run compare; others do not.
 
 pub mod fio;
+pub mod nics;
 pub mod rig;
 pub mod ring;
 pub mod stats;
@@ -45,4 +47,26 @@ pub fn processors() -> CpuSet {
 /// costs, however busy the machine.
 pub fn thread_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+}
+
+/// What a thread does that spins and found nothing to do: after some times it lets others run, as on a
+/// busy machine the one it waits for may be among them.
+#[derive(Debug, Default)]
+pub struct Idle(u32);
+
+impl Idle {
+    /// There was nothing.
+    pub fn nothing(&mut self) {
+        self.0 += 1;
+        if self.0 < 200 {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
+        }
+    }
+
+    /// There was something.
+    pub fn something(&mut self) {
+        self.0 = 0;
+    }
 }

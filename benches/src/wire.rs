@@ -10,6 +10,8 @@ use backends::net::switch::{Port, PortOptions, Switch, SwitchOptions};
 use backends::net::{Completion, Completions, Frame, Network, Offload, Queue, QueueConfig};
 use backends::uring::{Tag, Uring};
 
+use crate::Idle;
+
 /// Frames that are sent, and buffers that are offered, between two turns.
 const BATCH: u32 = 64;
 
@@ -81,25 +83,32 @@ impl Wire {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 pin(1);
-                let mut sender = self.end(0);
+                let (mut sender, mut idle) = (self.end(0), Idle::default());
                 ready.store(true, Ordering::Release);
                 while !over.load(Ordering::Relaxed) {
-                    if sender.send(BATCH) == 0 {
-                        std::hint::spin_loop();
+                    match sender.send(BATCH) {
+                        0 => idle.nothing(),
+                        _ => idle.something(),
                     }
                     sender.receive();
                 }
             });
             pin(0);
-            let mut receiver = self.end(1);
+            let (mut receiver, mut idle) = (self.end(1), Idle::default());
             while !ready.load(Ordering::Acquire) {
-                std::hint::spin_loop();
+                idle.nothing();
             }
             self.introduce(&mut receiver);
             let started = Instant::now();
             let mut received = 0;
             while received < frames {
-                received += receiver.receive();
+                match receiver.receive() {
+                    0 => idle.nothing(),
+                    some => {
+                        received += some;
+                        idle.something();
+                    }
+                }
             }
             let elapsed = started.elapsed();
             over.store(true, Ordering::Relaxed);

@@ -28,6 +28,7 @@ mod crossing;
 mod engine;
 mod fuzz;
 mod handshake;
+mod inline;
 mod objects;
 mod pages;
 mod receive;
@@ -60,6 +61,7 @@ use session::Session;
 use worker::Worker;
 
 pub(crate) use fuzz::{fuzz_control, fuzz_data, fuzz_nvsp};
+pub use inline::InlineWorker;
 pub use session::NicCounters;
 
 /// The most channels of a NIC, as many as Linux opens (`VRSS_CHANNEL_MAX`).

@@ -182,6 +182,29 @@ impl Worker {
         }
         Ok(false)
     }
+
+    /// Keeps the guest's signals masked for good: somebody sees to it that there are turns.
+    pub(super) fn stay_awake(&mut self) {
+        self.channel.mask();
+    }
+
+    /// One turn, without sleeping at its end. Returns whether there was anything to do.
+    pub(super) fn turn(&mut self) -> Result<bool, Fault> {
+        let gathered = self.gather()?;
+        let arrived = self.engine.turn(&mut self.uring);
+        self.uring.submit()?;
+        let settled = self.settle()? + arrived;
+        let pushed = self.deliver()?;
+        if gathered + settled + pushed > 0 {
+            return Ok(true);
+        }
+        // Room that was read is given back before there is a pause at the latest.
+        if self.channel.incoming.publish() {
+            self.channel.signal();
+        }
+        Ok(false)
+    }
+
     /// Takes packets from the ring. Returns how many.
     fn gather(&mut self) -> Result<u32, Fault> {
         let most = self.room()?.min(BATCH);
