@@ -24,6 +24,10 @@ const SHORT: usize = 2048;
 const SHORTS: usize = 1024;
 const LONGS: usize = 256;
 
+/// How many buffers that are held a frame passes over before another is made, if there may be more: a
+/// receiver that keeps many does not slow the frames of others down.
+const LOOKS: usize = 16;
+
 /// A frame in the switch, without a tag.
 pub(super) struct Stored {
     bytes: Box<[u8]>,
@@ -99,6 +103,8 @@ fn moved(offload: Offload, by: i32) -> Option<Offload> {
 pub(super) struct Pool {
     shorts: Ring,
     longs: Ring,
+    /// The last that was taken is a long one.
+    last_is_long: bool,
 }
 
 struct Ring {
@@ -115,8 +121,9 @@ impl Ring {
         Self { frames: Vec::with_capacity(count), next: 0, exhausted: false, size }
     }
 
-    fn is_free(&mut self, at: usize) -> bool {
-        self.frames.get_mut(at).is_some_and(|frame| Arc::get_mut(frame).is_some())
+    /// Whether nobody else holds a buffer. A look only: it leaves the cache line to who does.
+    fn is_free(&self, at: usize) -> bool {
+        self.frames.get(at).is_some_and(|frame| Arc::strong_count(frame) == 1)
     }
 
     /// A buffer that nobody else holds. It is made if there are fewer than there may be.
@@ -126,16 +133,20 @@ impl Ring {
         }
         let count = self.frames.len();
         let mut tried = (self.next..count).chain(0..self.next.min(count));
-        let at = match tried.find(|at| self.is_free(*at)) {
+        let soon = tried.by_ref().take(LOOKS).find(|at| self.is_free(*at));
+        let at = match soon {
             Some(at) => at,
             None if count < self.frames.capacity() => {
                 self.frames.push(Arc::new(Stored::new(self.size)));
                 count
             }
-            None => {
-                self.exhausted = true;
-                return None;
-            }
+            None => match tried.find(|at| self.is_free(*at)) {
+                Some(at) => at,
+                None => {
+                    self.exhausted = true;
+                    return None;
+                }
+            },
         };
         self.next = at + 1;
         self.frames.get_mut(at)
@@ -155,7 +166,15 @@ impl Ring {
 
 impl Pool {
     pub(super) fn new() -> Self {
-        Self { shorts: Ring::new(SHORTS, SHORT), longs: Ring::new(LONGS, MAX_FRAME) }
+        let (shorts, longs) = (Ring::new(SHORTS, SHORT), Ring::new(LONGS, MAX_FRAME));
+        Self { shorts, longs, last_is_long: false }
+    }
+
+    /// Nobody had room for the frame that was stored last: its buffer is the next. Without that, the
+    /// way to it would lead over all that are held.
+    pub(super) fn take_back(&mut self) {
+        let ring = if self.last_is_long { &mut self.longs } else { &mut self.shorts };
+        ring.next = ring.next.saturating_sub(1);
     }
 
     /// A batch has ended.
@@ -174,7 +193,7 @@ impl Pool {
         frame: &Frame<'_>,
         vlan: &PortVlan,
         longest: usize,
-    ) -> Result<(Header, Arc<Stored>), Dropped> {
+    ) -> Result<(Header, &Arc<Stored>), Dropped> {
         frame.check()?;
         let len = frame.len as usize;
         let mut start = [0; ETHERNET_HEADER + TAG];
@@ -201,7 +220,8 @@ impl Pool {
         if len > longest && offload.segments.is_none() {
             return Err(Dropped::Refused);
         }
-        let ring = if len <= SHORT { &mut self.shorts } else { &mut self.longs };
+        self.last_is_long = len > SHORT;
+        let ring = if self.last_is_long { &mut self.longs } else { &mut self.shorts };
         let arc = ring.take().ok_or(Dropped::NoRoom)?;
         let stored = Arc::get_mut(arc).ok_or(Dropped::NoRoom)?;
         let bytes = stored.bytes.get_mut(..len).ok_or(Dropped::Malformed)?;
@@ -210,7 +230,7 @@ impl Pool {
         // SAFETY: the caller vouches for the buffers; the pool is no part of them.
         unsafe { from.read(to_rest) };
         (stored.len, stored.tci, stored.offload) = (len, tci, offload);
-        Ok((header, Arc::clone(arc)))
+        Ok((header, arc))
     }
 }
 
@@ -281,4 +301,64 @@ pub(super) fn flow(bytes: &[u8]) -> u32 {
         (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
     });
     ((hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bytes of the next buffer, by which it is known, and a hold on it.
+    fn take(ring: &mut Ring) -> Option<(*const u8, Arc<Stored>)> {
+        ring.take().map(|frame| (frame.bytes.as_ptr(), Arc::clone(frame)))
+    }
+
+    #[test]
+    fn buffers_are_used_again_when_nobody_holds_them() {
+        let mut ring = Ring::new(4, 64);
+        let (first, one) = take(&mut ring).unwrap();
+        let (second, two) = take(&mut ring).unwrap();
+        assert_ne!(first, second);
+        // Some are held: it goes on behind them.
+        drop(one);
+        ring.rewind();
+        let (third, three) = take(&mut ring).unwrap();
+        assert_eq!(third, first, "one is free, so none is made");
+        drop((two, three));
+        ring.rewind();
+        assert_eq!(take(&mut ring).unwrap().0, first);
+        // All are held, and no more are to be made.
+        let held: Vec<_> = (0..4).map_while(|_| take(&mut ring)).collect();
+        assert!(held.len() >= 3 && take(&mut ring).is_none());
+        drop(held);
+        assert!(take(&mut ring).is_none(), "not in the same batch");
+        ring.rewind();
+        assert!(take(&mut ring).is_some());
+    }
+
+    #[test]
+    fn those_that_are_held_for_long_are_not_looked_at_for_each_frame() {
+        let mut ring = Ring::new(1000, 64);
+        let _held: Vec<_> = (0..300).map(|_| take(&mut ring).unwrap()).collect();
+        for _ in 0..2000 {
+            ring.take().unwrap();
+            ring.rewind();
+        }
+        // Of the others there are so many that the way over the 300 is rare.
+        let count = ring.frames.len();
+        assert!((400..=1000).contains(&count), "{count}");
+    }
+
+    #[test]
+    fn a_buffer_that_nobody_took_is_the_next() {
+        let mut pool = Pool::new();
+        let held: Vec<_> = (0..100).map(|_| take(&mut pool.shorts).unwrap()).collect();
+        let (last, frame) = take(&mut pool.shorts).unwrap();
+        drop(frame);
+        // Without looking at those that are held.
+        for _ in 0..3 {
+            pool.take_back();
+            assert_eq!(pool.shorts.next, held.len());
+            assert_eq!(take(&mut pool.shorts).unwrap().0, last);
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
-use super::frame::{Header, Leaving, Pool, Stored, flow, leaving_offload};
+use super::frame::{Leaving, Pool, Stored, flow, leaving_offload};
 use super::{Entry, Inbox, Port, PortShared, Shared, Table, ring};
 use crate::net::pieces::{Cursor, Offers};
 use crate::net::segments::Segmenter;
@@ -153,19 +153,25 @@ impl PortQueue {
         self.touched = Touched::of(&self.table);
     }
 
-    /// Hands a frame to those it is for. Some may have no room for it.
-    fn forward(&mut self, header: &Header, frame: &Arc<Stored>) -> Result<(), Dropped> {
+    /// Takes a frame in and hands it to those it is for. Some may have no room for it.
+    ///
+    /// # Safety
+    /// The frame's buffers must be readable memory.
+    unsafe fn forward(&mut self, frame: &Frame<'_>) -> Result<(), Dropped> {
         if self.switch.generation.load(Ordering::Acquire) != self.table.generation {
             self.refresh();
         }
-        let Self { port: own, table, touched, switch, .. } = self;
+        let Self { port: own, pool, table, touched, switch, now, .. } = self;
+        // SAFETY: the caller vouches for the buffers.
+        let stored = unsafe { pool.store(frame, &own.options.vlan, switch.longest()) };
+        let (header, frame) = stored?;
         let vlan = frame.tci.vlan();
         if header.source.is_station() {
-            switch.addresses.learn(vlan, header.source, own.number, self.now);
+            switch.addresses.learn(vlan, header.source, own.number, *now);
         }
         let known = match header.destination.is_multicast() {
             true => None,
-            false => switch.addresses.find(vlan, header.destination, self.now),
+            false => switch.addresses.find(vlan, header.destination, *now),
         };
         let takes = |entry: &&Entry| {
             let port = &entry.port;
@@ -176,10 +182,14 @@ impl PortQueue {
         };
         if let Some(entry) = known.and_then(|number| table.entry(number.into())) {
             // One that is not to have it, or has sent it, leaves it at that.
-            return match Some(entry).filter(takes) {
+            let delivered = match Some(entry).filter(takes) {
                 Some(entry) => touched.deliver(table, entry, frame),
                 None => Ok(()),
             };
+            if delivered.is_err() {
+                pool.take_back();
+            }
+            return delivered;
         }
         let (mut reached, mut full) = (0u32, 0u32);
         for entry in table.ports.iter().flatten().filter(takes) {
@@ -188,7 +198,11 @@ impl PortQueue {
                 Err(_) => full += 1,
             }
         }
-        if reached == 0 && full > 0 { Err(Dropped::NoRoom) } else { Ok(()) }
+        if reached == 0 && full > 0 {
+            pool.take_back();
+            return Err(Dropped::NoRoom);
+        }
+        Ok(())
     }
 
     /// Fills offered buffers with what is in the inbox.
@@ -247,9 +261,7 @@ impl Queue for PortQueue {
     unsafe fn send(&mut self, frame: Frame<'_>, _: &mut Uring, done: &mut Completions) {
         let result = if self.up {
             // SAFETY: the caller vouches for the buffers.
-            let stored =
-                unsafe { self.pool.store(&frame, &self.port.options.vlan, self.switch.longest()) };
-            stored.and_then(|(header, stored)| self.forward(&header, &stored))
+            unsafe { self.forward(&frame) }
         } else {
             Err(Dropped::LinkDown)
         };
