@@ -491,6 +491,44 @@ mod tests {
     }
 
     #[test]
+    fn frames_have_a_table_of_their_own() {
+        let exchange = |peer, lost| {
+            format!(
+                r#"{{"result":"exchange","driver":"netvsc","peer_driver":"{peer}","len":1500,"depth":32,"nanoseconds":1000000,"frames":500,"lost":{lost},"frames_per_second":500000}}"#
+            )
+        };
+        let identify = |nic, driver| {
+            line(&format!(r#"{{"result":"identify","nic":{nic},"driver":"{driver}"}}"#), 0)
+        };
+        let mut lines = vec![
+            identify(0, "netvsc"),
+            identify(1, "netvsc"),
+            identify(2, "e1000"),
+            line(r#"{"begin":"exchange"}"#, 100),
+            line(&exchange("netvsc", 0), 350),
+        ];
+        let report = |lines: &[Stamped]| {
+            let kind = PartitionKind::Kvm(HyperV::Kernel);
+            Report::new(kind, lines.to_vec(), Some(0), Duration::ZERO)
+        };
+        let words = report(&lines).words("", None);
+        assert!(words.contains("0 and 1 by netvsc, 2 by e1000, on a virtual switch"), "{words}");
+        assert!(words.contains("500 frames have arrived, every byte of each compared; none lost"));
+        assert!(!words.contains("at random"), "{words}");
+        lines.extend([line(r#"{"begin":"exchange"}"#, 400), line(&exchange("e1000", 3), 400)]);
+        let report = report(&lines);
+        let words = report.words("", None);
+        assert!(words.contains("1000 frames have arrived, every byte of each compared; 3 lost"));
+        let columns = words.lines().find_map(|line| line.split_once("netvsc, 32 at a time"));
+        let columns: Vec<_> = columns.unwrap().1.split_whitespace().collect();
+        assert_eq!(columns[..6], ["500000", "0.25", "0.00", "0.50", "0.12", "2.0"], "{words}");
+        assert!(words.contains("netvsc/e1000, 32 at a time"), "{words}");
+        let json = report.json(None);
+        let fields = r#""driver":"netvsc","peer_driver":"e1000","len":1500,"depth":32,"nanoseconds":1000000,"frames":500,"lost":3,"frames_per_second":500000,"exits":0,"#;
+        assert!(json.contains(fields), "{json}");
+    }
+
+    #[test]
     fn what_went_wrong_is_told() {
         let lines = vec![line(r#"{"error":"no disk"}"#, 0)];
         let report =

@@ -9,7 +9,7 @@ use vmbus::client::HvStatus;
 
 use crate::e1000::{self, E1000};
 use crate::memory::{PAGE, Pages};
-use crate::net::{HEADER, NicDriver, SHORTEST};
+use crate::net::{HEADER, NicDriver, NicError, SHORTEST};
 use crate::platform::{Message, Platform, PlatformCounters, Ports};
 
 /// As many as the driver takes: a page of rings, and buffers.
@@ -118,17 +118,31 @@ impl Platform for Liar<'_> {
     }
 }
 
-/// The driver of 82540EMs, told `data` by its NIC: what it reads from registers and from rings, in
-/// order.
-pub fn fuzz_e1000(data: &[u8]) {
-    const TURNS: usize = 100;
-
+/// Lets `drive` have a driver whose NIC says `data`: what it reads from registers and from rings, in
+/// order. What went wrong at the start, or what it returns.
+fn with_liar(
+    data: &[u8],
+    drive: impl FnOnce(&Liar<'_>, &mut E1000<'_, Liar<'_>>) -> Result<(), NicError>,
+) -> Result<(), NicError> {
     let memory = Memory([const { AtomicU64::new(0) }; PAGES * PAGE / 8]);
     let (data, pci_address, clock) = (Cell::new(data), Cell::new(0), Cell::new(0));
     let liar = Liar { memory: &memory, data, pci_address, clock };
     let mut pages = liar.memory();
-    let Some(function) = e1000::find(&liar).next() else { return };
-    let Ok(mut nic) = E1000::start(&liar, function, &mut pages) else { return };
+    let Some(function) = e1000::find(&liar).next() else { return Ok(()) };
+    drive(&liar, &mut E1000::start(&liar, function, &mut pages)?)
+}
+
+/// The driver of 82540EMs against a NIC that says `data`.
+pub fn fuzz_e1000(data: &[u8]) {
+    let _ = with_liar(data, |liar, nic| {
+        use_it(liar, nic);
+        Ok(())
+    });
+}
+
+fn use_it(liar: &Liar<'_>, nic: &mut E1000<'_, Liar<'_>>) {
+    const TURNS: usize = 100;
+
     assert!(nic.identity().mac.is_station());
     let longest = nic.identity().longest_frame();
     for turn in 0..TURNS {
@@ -165,6 +179,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::e1000::E1000Fault;
+    use crate::net::MacAddress;
 
     /// What a NIC says until it runs: no reset, an address, a link.
     fn beginning() -> Vec<u8> {
@@ -173,6 +189,36 @@ mod tests {
         bytes.extend([0, 0]); // nothing is written when the tails are set
         bytes.extend(2_u32.to_le_bytes());
         bytes
+    }
+
+    /// What comes of a start, when registers read so.
+    fn outcome(words: &[u32]) -> Result<(), NicError> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        with_liar(&bytes, |_, _| Ok(()))
+    }
+
+    #[test]
+    fn lies_are_told_apart() {
+        let fault = |fault: E1000Fault| Err(NicError::from(fault));
+        assert_eq!(outcome(&[u32::MAX]), fault(E1000Fault::Absent));
+        let resets = [&[2], [u32::MAX; 20].as_slice()].concat();
+        assert_eq!(outcome(&resets), fault(E1000Fault::Reset));
+        assert_eq!(outcome(&[2, 0]), fault(E1000Fault::Eeprom));
+        let nobody = MacAddress([1, 0, 0x5e, 0, 0, 1]);
+        let words = [2, 0, 0x0001_0010, 0x005e_0010, 0x0100_0010];
+        assert_eq!(outcome(&words), fault(E1000Fault::Address(nobody)));
+
+        let runs = |half: u64| {
+            let descriptor = [&[1, 1], half.to_le_bytes().as_slice()].concat();
+            with_liar(&[beginning(), descriptor].concat(), |liar, nic| {
+                liar.idle();
+                nic.poll(&mut |_| {}).map(|count| assert_eq!(count, 1))
+            })
+        };
+        assert_eq!(runs(60 | 3 << 32), Ok(()));
+        assert_eq!(runs(2049 | 3 << 32), fault(E1000Fault::Length(2049)));
+        assert_eq!(runs(13 | 3 << 32), fault(E1000Fault::Length(13)));
+        assert_eq!(runs(60 | 1 << 32), fault(E1000Fault::Pieces));
     }
 
     proptest! {
