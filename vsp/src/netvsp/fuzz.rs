@@ -13,6 +13,7 @@ use super::handshake::{Grants, Handshake, SLOT_HEADER, Step};
 use super::objects::{Identity, Objects};
 use super::pages::Reader;
 use super::slots::Slots;
+use super::steering::{LOOK, Steering};
 use super::transmit::{Front, Limits, next_frame};
 
 /// NVSP messages, one after the other: a byte of length, and what they say. GPADLs have as many
@@ -115,7 +116,10 @@ pub(crate) fn fuzz_control(mut data: &[u8]) {
         let settings = control.settings();
         assert!(settings.address.is_station());
         if let Some(spread) = settings.spread {
-            assert!(spread.table.iter().all(|channel| *channel < 4));
+            // What follows is a frame, as good as any other.
+            let mut front = [0; LOOK];
+            front.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+            assert!(Steering::new(&spread).channel(&front) < 4);
         }
     }
 }

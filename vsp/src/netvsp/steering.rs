@@ -127,6 +127,8 @@ fn window(key: &[u8; HASH_KEY], from: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// The key of Microsoft's test vectors.
@@ -214,6 +216,41 @@ mod tests {
         assert_eq!(steering(1).hash(&udp), None);
         // Nothing that a frame can say is out of bounds.
         assert_eq!(steering(ALL).channel(&[0xFF; LOOK]), 0);
+    }
+
+    proptest! {
+        /// Whatever a frame says, it is hashed as by the definition, a bit at a time, and goes to a
+        /// channel that the table names.
+        #[test]
+        fn any_frame_has_a_channel(
+            bytes in proptest::collection::vec(any::<u8>(), LOOK),
+            key in proptest::collection::vec(any::<u8>(), HASH_KEY),
+            version in 0..3usize,
+        ) {
+            let mut front = *bytes.first_chunk().unwrap();
+            let key = *key.first_chunk().unwrap();
+            let kinds = [None, Some([0x08, 0x00]), Some([0x86, 0xDD])];
+            if let Some(Some(kind)) = kinds.get(version) {
+                front[12..14].copy_from_slice(kind);
+            }
+            let table = std::array::from_fn(|index| (index % 5) as u8);
+            let types = HashTypes(HashTypes::TOEPLITZ | HashTypes::IPV4 | HashTypes::IPV6);
+            let steering = Steering::new(&Spread { types, key, table });
+            let addresses = match front[12..14] {
+                [0x08, 0x00] => Some(&front[26..34]),
+                [0x86, 0xDD] => Some(&front[22..54]),
+                _ => None,
+            };
+            let naive = addresses.map(|bytes| {
+                let set = |bit: &usize| bytes[bit / 8] & (0x80 >> (bit % 8)) != 0;
+                let bits = (0..bytes.len() * 8).filter(set);
+                bits.fold(0, |hash, bit| hash ^ window(&key, bit))
+            });
+            if front[12..14] != [0x81, 0x00] {
+                prop_assert_eq!(steering.hash(&front), naive);
+            }
+            prop_assert!(steering.channel(&front) < 5);
+        }
     }
 
     #[test]
