@@ -30,18 +30,4 @@ only() {
 only 1 0 1
 only 0 1 0
 only 1 0 1
-ethtool -X eth0 equal 2
-
-# carrier STATE: waits for it. Linux believes a change after two seconds.
-carrier() {
-    for _ in $(seq 100); do
-        [ "$(cat $nic/carrier)" = "$1" ] && break
-        sleep 0.1
-    done
-    [ "$(cat $nic/carrier)" = "$1" ]
-    echo "link: carrier $1"
-}
-echo 'link: carrier 1'
-carrier 0
-carrier 1
 ping -c 1 -W 5 10.0.0.1

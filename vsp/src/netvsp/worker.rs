@@ -39,6 +39,10 @@ const BATCH: u32 = 64;
 const HELD_ANSWERS: u32 = 16;
 const HELD_BYTES: u64 = 16 * 1024;
 
+/// How much longer than for a packet one waits for a completion: until then the guest has to take an
+/// interrupt, and the frame its way through the guest's network.
+const OWED_PATIENCE: u32 = 4;
+
 /// The doorbell among the worker's own operations.
 const DOORBELL: Token = Token::new(Tag::WORKER, 0);
 
@@ -103,7 +107,7 @@ impl Worker {
             channel,
             doorbell,
             bell,
-            owed: Vigil::new(unit),
+            owed: Vigil::new(unit * OWED_PATIENCE),
             unasked: Vigil::new(unit),
             may_spin,
             started: Instant::now(),
