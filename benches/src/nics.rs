@@ -2,8 +2,8 @@
 //! to the other, with nothing of a VM about it.
 
 use std::mem;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -294,7 +294,9 @@ pub fn pass(
         });
     }
     thread::scope(|scope| {
-        let (ready, is_ready) = std::sync::mpsc::channel();
+        let (ready, is_ready) = mpsc::channel();
+        // Frames to a guest that is not there yet would be lost.
+        let (go, may_go) = mpsc::channel::<()>();
         let (over, frame, switch) = (&over, &frame, &switch);
         let sender = scope.spawn(move || -> anyhow::Result<u64> {
             if let Some(cpus) = cpus {
@@ -302,6 +304,9 @@ pub fn pass(
             }
             let mut sender = Guest::new(switch, ADDRESSES[0], inline)?;
             let _ = ready.send(());
+            if may_go.recv().is_err() {
+                return Ok(0);
+            }
             let (mut sent, mut arrived, mut idle) = (0, 0, Idle::default());
             while !over.load(Ordering::Relaxed) {
                 let now = sender.send(frame, BATCH.min((arrived + WINDOW).saturating_sub(sent)))?;
@@ -320,10 +325,11 @@ pub fn pass(
         if let Some(cpus) = cpus {
             pin(cpus, Some(0));
         }
-        let result = (|| {
+        let result = (move || {
             let mut receiver = Guest::new(switch, ADDRESSES[1], inline)?;
             is_ready.recv().context("the sender did not start")?;
             receiver.hello()?;
+            let _ = go.send(());
             measure(&mut receiver, time, Guest::work)
         })();
         over.store(true, Ordering::Relaxed);
