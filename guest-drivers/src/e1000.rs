@@ -6,8 +6,8 @@
 //! register is an intercept, and there are only three in use once the NIC runs: the tail of each
 //! ring, written once for many frames, and the cause of interrupts, read before a sleep.
 //!
-//! Interrupts are never masked. The NIC's line rises with the first frame after the cause was read,
-//! and stays high, which costs nothing, while the driver polls.
+//! Interrupts are masked only while nobody waits for frames at all. Else the NIC's line rises with the
+//! first frame after the cause was read, and stays high, which costs nothing, while the driver polls.
 //!
 //! - [`bits`]: the numbers.
 
@@ -85,6 +85,8 @@ pub struct E1000<'w, P> {
     unpublished: bool,
     /// Receive descriptors that are free, and that the NIC does not know of yet.
     unreturned: u16,
+    /// Whether frames interrupt.
+    listens: bool,
     /// There may be a cause that keeps the line high.
     cause_unread: bool,
     damaged: u64,
@@ -124,6 +126,7 @@ impl<'w, P: Platform> E1000<'w, P> {
             receive: ring(1)?,
             unpublished: false,
             unreturned: 0,
+            listens: false,
             cause_unread: true,
             damaged: 0,
             dead: false,
@@ -171,7 +174,6 @@ impl<'w, P: Platform> E1000<'w, P> {
         registers.write(register::TCTL, tctl::EN | tctl::PSP | tctl::COLLISIONS);
         registers.write(register::RCTL, rctl::EN | rctl::BAM | rctl::SECRC);
         registers.write(register::CTRL, ctrl::FD | ctrl::ASDE | ctrl::SLU);
-        registers.write(register::IMS, cause::RXT0 | cause::RXO | cause::RXDMT0);
     }
 
     /// Gives the link time to come up. A cable that leads nowhere is no fault.
@@ -292,6 +294,9 @@ impl<P: Platform> NicDriver for E1000<'_, P> {
 
     fn rest(&mut self) -> Result<(), NicError> {
         self.publish()?;
+        if !core::mem::replace(&mut self.listens, true) {
+            self.registers.write(register::IMS, cause::RXT0 | cause::RXO | cause::RXDMT0);
+        }
         if core::mem::take(&mut self.cause_unread) {
             self.registers.read(register::ICR);
         }
@@ -301,6 +306,13 @@ impl<P: Platform> NicDriver for E1000<'_, P> {
     fn wake(&mut self) {
         // Whatever ended the sleep, it may have been this NIC.
         self.cause_unread = true;
+    }
+
+    fn quiet(&mut self) {
+        if core::mem::take(&mut self.listens) {
+            self.registers.write(register::IMC, u32::MAX);
+            self.cause_unread = true;
+        }
     }
 
     fn counters(&self) -> NicCounters {

@@ -104,7 +104,8 @@ pub struct NicCounters {
 ///
 /// Whoever wants to sleep tells each of its NICs first, by [`NicDriver::rest`], and then asks each
 /// whether it [is ready](NicDriver::is_ready), in this order, as NICs may share an interrupt. After
-/// the sleep each is to [wake](NicDriver::wake).
+/// the sleep each is to [wake](NicDriver::wake). A NIC that is not looked after any more is to be
+/// [quiet](NicDriver::quiet), or it keeps the interrupt to itself.
 pub trait NicDriver {
     /// The NIC.
     fn identity(&self) -> &Identity;
@@ -131,6 +132,9 @@ pub trait NicDriver {
 
     /// Frames need not interrupt any more.
     fn wake(&mut self);
+
+    /// Frames must not interrupt any more, until the next [`NicDriver::rest`].
+    fn quiet(&mut self);
 
     /// What has been counted.
     fn counters(&self) -> NicCounters;

@@ -126,6 +126,10 @@ impl<P: Platform> NicDriver for Netvsc<'_, P> {
         self.queue.wake();
     }
 
+    fn quiet(&mut self) {
+        self.wake();
+    }
+
     fn counters(&self) -> NicCounters {
         let signals = self.queue.counters().signals;
         NicCounters { signals, accesses: 0, damaged: self.damaged }

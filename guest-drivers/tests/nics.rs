@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -12,7 +13,7 @@ use common::{Guest, Line, Root, World};
 use emulators::pci::{self, ConfigPorts, MemoryWindow, SharedLine, chipset};
 use emulators::{E1000, E1000Config, Nothing};
 use guest_drivers::runner::{self, status};
-use hypervisor::{Bus, GuestMemory, layout};
+use hypervisor::{Bus, GuestMemory, InterruptLine, layout};
 use vmbus_server::{Device, Host};
 use vsp::netvsp::{Nic, NicConfig};
 
@@ -33,13 +34,34 @@ fn switch() -> Switch {
     Switch::new(SwitchOptions::new("test"))
 }
 
-/// A PCI bus with an emulated NIC on a port of each of these switches, all of which interrupt by one
-/// line.
-fn e1000(memory: &GuestMemory, world: &Arc<World>, switches: &[&Switch]) -> (Bus, Bus, Vec<E1000>) {
+/// The line by which all emulated NICs interrupt, and whether it is high.
+struct SeenLine {
+    line: Line,
+    high: AtomicBool,
+}
+
+impl InterruptLine for SeenLine {
+    fn pulse(&self) {
+        self.line.pulse();
+    }
+
+    fn set_level(&self, high: bool) {
+        self.high.store(high, Ordering::SeqCst);
+        self.line.set_level(high);
+    }
+}
+
+/// A PCI bus with an emulated NIC on a port of each of these switches, all of which interrupt by
+/// `line`.
+fn e1000(
+    memory: &GuestMemory,
+    line: &Arc<SeenLine>,
+    switches: &[&Switch],
+) -> (Bus, Bus, Vec<E1000>) {
     let (mut ports, mut mmio) = (Bus::ports(), Bus::mmio());
     let (mut bus, mut window) = (ConfigPorts::new(Arc::new(Nothing)), MemoryWindow::default());
     chipset::populate_without_ide(&mut bus);
-    let line = SharedLine::new(Arc::new(Line(Arc::clone(world))));
+    let line = SharedLine::new(Arc::clone(line) as _);
     let mut nics = Vec::new();
     for (number, switch) in (0..).zip(switches) {
         let slot = pci::FIRST_SLOT + number;
@@ -70,13 +92,15 @@ fn run(devices: Vec<Box<dyn Device>>, work: &str) -> (u32, Vec<String>) {
 fn run_with(devices: Vec<Box<dyn Device>>, switches: &[&Switch], work: &str) -> (u32, Vec<String>) {
     let memory = GuestMemory::new(16 << 20).unwrap();
     let world = World::new(1);
-    let (ports, mmio, _nics) = e1000(&memory, &world, switches);
+    let line = Arc::new(SeenLine { line: Line(Arc::clone(&world)), high: AtomicBool::new(false) });
+    let (ports, mmio, _nics) = e1000(&memory, &line, switches);
     let root = Arc::new(Root(Arc::clone(&world)));
     let host = Host::new(memory.clone(), root, 1, devices).unwrap();
     let (sink, started) = (host.sink(), Instant::now());
     let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
     let guest = Guest { world, vp: 0, memory, ports, mmio, sink, started, lines: Mutex::default() };
     let status = runner::run(&guest, work);
+    assert!(!line.high.load(Ordering::SeqCst), "a NIC that nobody looks after keeps the line high");
     (status, guest.lines.into_inner().unwrap())
 }
 

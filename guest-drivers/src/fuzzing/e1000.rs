@@ -169,6 +169,9 @@ fn use_it(liar: &Liar<'_>, nic: &mut E1000<'_, Liar<'_>>) {
             liar.idle();
         }
         nic.wake();
+        if turn % 16 == 15 {
+            nic.quiet();
+        }
     }
 }
 

@@ -63,7 +63,9 @@ impl Exchange {
             frame: [0; LONGEST],
         };
         let started = platform.now();
-        let (ended, spun) = traffic.pass(platform, &mut nics, started)?;
+        let passed = traffic.pass(platform, &mut nics, started);
+        nics.iter_mut().for_each(|nic| nic.quiet());
+        let (ended, spun) = passed?;
         if traffic.ways.iter().any(|way| way.received == 0) {
             return Err(RunError::Silence { nic: self.nic, peer: self.peer });
         }

@@ -118,6 +118,8 @@ impl NicDriver for End<'_> {
 
     fn wake(&mut self) {}
 
+    fn quiet(&mut self) {}
+
     fn counters(&self) -> NicCounters {
         NicCounters::default()
     }
