@@ -64,9 +64,18 @@ done
 ping -c 3 -i 0.2 -W 5 10.0.0.1
 echo 'reload: done'
 
-echo 'cable: ready'
-for _ in $(seq 100); do
-    [ "$(cat $nic/carrier)" = 0 ] && break
-    sleep 0.1
-done
-[ "$(cat $nic/carrier)" = 0 ]
+# carrier 0|1: the link follows the tap.
+carrier() {
+    for _ in $(seq 100); do
+        [ "$(cat $nic/carrier)" = "$1" ] && return
+        sleep 0.1
+    done
+    return 1
+}
+echo 'tap: down'
+carrier 0
+echo 'tap: up'
+carrier 1
+ping -c 3 -i 0.2 -W 5 10.0.0.1
+echo 'tap: gone'
+carrier 0

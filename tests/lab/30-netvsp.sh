@@ -1,8 +1,8 @@
 #!/bin/sh
 # A synthetic NIC on a tap that partita makes: found by an unmodified kernel with a channel for each
 # processor, fit for DHCP, TCP and UDP both ways, VLANs, large MTUs and its driver's going and coming
-# while frames come in; a tap that is taken away takes the link down, and nothing else. FILE_MIB is the
-# size of the file that is fetched.
+# while frames come in; a tap that is set down takes the link with it until it is up again, and one that
+# is taken away takes the link down, and nothing else. FILE_MIB is the size of the file that is fetched.
 . "$(dirname "$0")/lib.sh"
 
 # The host's end. Frames find their way while the guest cannot answer for its address.
@@ -31,8 +31,12 @@ END
     until grep -qs '^reload: begin' console.log; do sleep 0.2; done
     ping -q -i 0.005 -s 1400 10.0.0.2 >ping.log 2>&1 &
     pings=$!
-    until grep -qs '^cable: ready' console.log; do sleep 0.2; done
+    until grep -qs '^tap: down' console.log; do sleep 0.2; done
     kill $pings
+    ip link set lab0 down
+    until grep -qs '^tap: up' console.log; do sleep 0.2; done
+    ip link set lab0 up
+    until grep -qs '^tap: gone' console.log; do sleep 0.2; done
     ip link del lab0
 } >&2 &
 
