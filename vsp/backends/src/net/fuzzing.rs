@@ -119,7 +119,9 @@ pub fn fuzz_stream(input: &[u8]) {
             None => {}
         }
         queue.turn(&mut uring, &mut done);
-        if uring.submit_and_wait(1).is_err() {
+        // With all buffers filled, the ring has nothing to wait for.
+        let waits = done.is_empty() && queue.prepare_to_sleep();
+        if uring.submit_and_wait(waits.into()).is_err() {
             return;
         }
         while let Some(cqe) = uring.next() {
