@@ -72,6 +72,11 @@ fn ide_registers() {
 }
 
 #[test]
+fn e1000_registers() {
+    replay("e1000_registers", emulators::fuzzing::fuzz_e1000);
+}
+
+#[test]
 fn pci_config() {
     replay("pci_config", emulators::fuzzing::fuzz_pci);
 }

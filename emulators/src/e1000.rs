@@ -21,6 +21,7 @@ mod checksum;
 mod descriptors;
 mod eeprom;
 mod filter;
+mod fuzz;
 mod interrupts;
 mod phy;
 mod receive;
@@ -40,6 +41,7 @@ use hypervisor::{Device, GuestMemory, InterruptLine};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::pci::Decode;
+pub(crate) use fuzz::fuzz;
 use registers::{Effect, Registers};
 use worker::Worker;
 
@@ -78,6 +80,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
+    fn new(
+        config: &E1000Config,
+        decode: Arc<Decode>,
+        line: Arc<dyn InterruptLine>,
+    ) -> io::Result<Self> {
+        let registers = Registers::new(config.address, config.network.link().up);
+        Ok(Self {
+            registers: Mutex::new(registers),
+            rings: Mutex::new(()),
+            doorbell: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
+            line,
+            high: AtomicBool::new(false),
+            decode,
+            stop: AtomicBool::new(false),
+            started: Instant::now(),
+            counters: Counters::default(),
+        })
+    }
+
     /// Nanoseconds since the NIC was made.
     fn now(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
@@ -144,18 +165,7 @@ impl E1000 {
         decode: Arc<Decode>,
         line: Arc<dyn InterruptLine>,
     ) -> io::Result<Self> {
-        let registers = Registers::new(config.address, config.network.link().up);
-        let shared = Arc::new(Shared {
-            registers: Mutex::new(registers),
-            rings: Mutex::new(()),
-            doorbell: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
-            line,
-            high: AtomicBool::new(false),
-            decode,
-            stop: AtomicBool::new(false),
-            started: Instant::now(),
-            counters: Counters::default(),
-        });
+        let shared = Arc::new(Shared::new(config, decode, line)?);
         let (theirs, memory) = (Arc::clone(&shared), memory.clone());
         let (network, mtu) = (Arc::clone(&config.network), config.mtu);
         let (ready, started) = mpsc::sync_channel(1);
@@ -328,3 +338,7 @@ impl E1000Counters {
         .map(|(name, counter)| (name, counter.0.load(Ordering::Relaxed)))
     }
 }
+
+#[cfg(test)]
+#[path = "e1000/tests.rs"]
+mod tests;

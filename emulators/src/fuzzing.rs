@@ -18,6 +18,11 @@ pub fn fuzz_atapi(data: &[u8]) {
     crate::ide::fuzz_packets(data);
 }
 
+/// Accesses to a NIC, with rings and frames; see the source for their form.
+pub fn fuzz_e1000(data: &[u8]) {
+    crate::e1000::fuzz(data);
+}
+
 /// Accesses to the interrupt controllers, with lines and processors that move; see the source for
 /// their form.
 pub fn fuzz_irqchip(data: &[u8]) {

@@ -68,6 +68,13 @@ impl Decode {
         Self { value: AtomicU64::new(0), enable }
     }
 
+    /// That of a function that is nowhere and may do what `command` says.
+    pub(crate) fn fixed(command: u16) -> Self {
+        let decode = Self::new(0);
+        decode.set(0, command);
+        decode
+    }
+
     fn set(&self, base: u32, command: u16) {
         self.value.store(u64::from(base) << 16 | u64::from(command), Ordering::Release);
     }

@@ -40,6 +40,7 @@ pub(super) mod reg {
     pub const RADV: u32 = 0x282c;
     pub const TXDMAC: u32 = 0x3000;
     pub const TDBAL: u32 = 0x3800;
+    pub const TDH: u32 = 0x3810;
     pub const TDT: u32 = 0x3818;
     pub const TIDV: u32 = 0x3820;
     pub const TXDCTL: u32 = 0x3828;

@@ -3,6 +3,7 @@
 use backends::net::MacAddr;
 
 use super::bits::{ADDRESS_VALID, rctl};
+use super::checksum::TAG;
 
 /// Addresses that are compared in full.
 const ADDRESSES: usize = 16;
@@ -10,11 +11,11 @@ const ADDRESSES: usize = 16;
 const WORDS: usize = 128;
 
 /// The longest frame that is not long, check sequence included and without a VLAN tag.
-const USUAL: u32 = 1518;
-/// Bytes of a VLAN tag.
-const TAG: u32 = 4;
+const USUAL: usize = 1518;
 /// The longest of all.
-pub(super) const LONGEST: u32 = 16384;
+const LONGEST: usize = 16384;
+/// Bytes of the check sequence.
+pub(super) const CHECK_SEQUENCE: usize = 4;
 
 /// What the guest has set for frames that come; the worker has a copy.
 #[derive(Clone, Debug)]
@@ -33,15 +34,6 @@ pub(super) struct Settings {
     pub multicast: [u32; WORDS],
     /// VFTA.
     pub vlans: [u32; WORDS],
-}
-
-/// What is to become of a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    Wanted,
-    Unwanted,
-    /// The guest has not made room for frames of this length.
-    TooLong,
 }
 
 impl Settings {
@@ -69,21 +61,20 @@ impl Settings {
         if self.control & rctl::BSEX != 0 && size < 2048 { size * 16 } else { size }
     }
 
-    /// Whether a frame is to be given to the guest. `len` is without check sequence, `tag` the tag
-    /// control information if there is a tag.
-    pub(super) fn judge(&self, to: MacAddr, tag: Option<u16>, len: u32) -> Verdict {
-        let on_wire = len + 4;
-        let tag_len = if tag.is_some() { TAG } else { 0 };
-        let wanted = self.wants_vlan(tag) && self.wants_address(to);
+    /// The longest frame that the guest takes, with or without a tag, without check sequence.
+    pub(super) fn longest(&self, tagged: bool) -> usize {
         let longest = match self.control & rctl::LPE {
-            0 => USUAL + tag_len,
+            0 if tagged => USUAL + TAG,
+            0 => USUAL,
             _ => LONGEST,
         };
-        match wanted {
-            true if on_wire > longest => Verdict::TooLong,
-            true => Verdict::Wanted,
-            false => Verdict::Unwanted,
-        }
+        longest - CHECK_SEQUENCE
+    }
+
+    /// Whether a frame is to be given to the guest; `tag` is the tag control information if there is
+    /// a tag.
+    pub(super) fn wants(&self, to: MacAddr, tag: Option<u16>) -> bool {
+        self.wants_vlan(tag) && self.wants_address(to)
     }
 
     fn wants_vlan(&self, tag: Option<u16>) -> bool {
@@ -132,7 +123,7 @@ mod tests {
     const GROUP: MacAddr = MacAddr([0x01, 0x00, 0x5e, 0, 0, 0xfb]);
 
     fn wants(settings: &Settings, to: MacAddr) -> bool {
-        settings.judge(to, None, 60) == Verdict::Wanted
+        settings.wants(to, None)
     }
 
     #[test]
@@ -168,24 +159,19 @@ mod tests {
     #[test]
     fn vlans_are_filtered_if_that_is_wanted() {
         let mut settings = Settings::new(OWN);
-        assert_eq!(settings.judge(OWN, Some(0x2007), 60), Verdict::Wanted);
+        assert!(settings.wants(OWN, Some(0x2007)));
         settings.control = rctl::VFE;
-        assert_eq!(settings.judge(OWN, Some(0x2007), 60), Verdict::Unwanted);
-        assert_eq!(settings.judge(OWN, None, 60), Verdict::Wanted);
+        assert!(!settings.wants(OWN, Some(0x2007)) && settings.wants(OWN, None));
         settings.vlans[0] = 1 << 7;
-        assert_eq!(settings.judge(OWN, Some(0x2007), 60), Verdict::Wanted);
-        assert_eq!(settings.judge(OWN, Some(0x2008), 60), Verdict::Unwanted);
+        assert!(settings.wants(OWN, Some(0x2007)) && !settings.wants(OWN, Some(0x2008)));
     }
 
     #[test]
     fn long_frames_have_to_be_asked_for() {
         let mut settings = Settings::new(OWN);
-        assert_eq!(settings.judge(OWN, None, 1514), Verdict::Wanted);
-        assert_eq!(settings.judge(OWN, None, 1515), Verdict::TooLong);
-        assert_eq!(settings.judge(OWN, Some(1), 1518), Verdict::Wanted);
+        assert_eq!((settings.longest(false), settings.longest(true)), (1514, 1518));
         settings.control = rctl::LPE;
-        assert_eq!(settings.judge(OWN, None, 16380), Verdict::Wanted);
-        assert_eq!(settings.judge(OWN, None, 16381), Verdict::TooLong);
+        assert_eq!((settings.longest(false), settings.longest(true)), (16380, 16380));
     }
 
     #[test]

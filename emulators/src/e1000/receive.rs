@@ -15,13 +15,13 @@ use std::sync::atomic::{Ordering, fence};
 
 use backends::net::offload::Checksum;
 use backends::net::segments::Segmenter;
-use backends::net::{ETHERNET_HEADER, MAX_FRAME, MacAddr, Offload};
+use backends::net::{MAX_FRAME, MacAddr, Offload};
 use hypervisor::{Gpa, GuestMemory};
 
 use super::bits::{rctl, rxcsum, rxd};
 use super::checksum::{ADDRESSES, Checksums, TAG, get};
 use super::descriptors::{self, Received};
-use super::filter::{LONGEST, Settings, Verdict};
+use super::filter::{CHECK_SEQUENCE, Settings};
 use super::registers::Ring;
 use super::transmit::Way;
 
@@ -31,8 +31,6 @@ pub(super) const BUFFERS: u16 = 64;
 const FRAMES: u32 = 256;
 /// The shortest frame that a guest is to see, without check sequence.
 const SHORTEST: usize = 60;
-/// Bytes of the check sequence.
-const CHECK_SEQUENCE: usize = 4;
 /// The longest headers of segments.
 const MAX_HEADERS: usize = 256;
 
@@ -72,8 +70,9 @@ struct Arrived {
 struct Current {
     arrived: Arrived,
     segmenter: Segmenter,
-    /// The most that the next segment may have.
+    /// The most that a segment may have, and the most that the guest takes.
     longest: usize,
+    limit: usize,
     checksums: Checksums,
     to: MacAddr,
 }
@@ -194,18 +193,15 @@ impl Receive {
             Some(segments) => arrived.len.min(usize::from(segments.size) + MAX_HEADERS),
             None => arrived.len,
         };
+        if !settings.wants(to, tag) {
+            self.tally.unwanted += 1;
+            return Err(buffer);
+        }
+        let limit = settings.longest(tag.is_some());
         // Whether segments are too long is known when they are cut.
-        let len = if arrived.offload.segments.is_some() { SHORTEST } else { arrived.len };
-        match settings.judge(to, tag, len as u32) {
-            Verdict::Wanted => {}
-            Verdict::Unwanted => {
-                self.tally.unwanted += 1;
-                return Err(buffer);
-            }
-            Verdict::TooLong => {
-                self.tally.too_long += 1;
-                return Err(buffer);
-            }
+        if arrived.offload.segments.is_none() && arrived.len > limit {
+            self.tally.too_long += 1;
+            return Err(buffer);
         }
         let Ok(segmenter) = Segmenter::new(frame, &arrived.offload) else {
             self.tally.lost += 1;
@@ -217,14 +213,14 @@ impl Receive {
             // The segments' own are made with them.
             checksums.ip = checksums.ip.map(|_| true);
         }
-        Ok(Current { arrived, segmenter, longest, checksums, to })
+        Ok(Current { arrived, segmenter, longest, limit, checksums, to })
     }
 
     /// Copies the current frame, or as many of its segments as there is room for, into the guest's
     /// buffers. `None`: there is too little room for the next.
     fn hand_on(&mut self, ring: &Ring, settings: &Settings, memory: &GuestMemory) -> Option<u32> {
         let Self { buffers, free, current, head, tally, .. } = self;
-        let Some(Current { arrived, segmenter, longest, checksums, to }) = current else {
+        let Some(Current { arrived, segmenter, longest, limit, checksums, to }) = current else {
             return Some(0);
         };
         let frame = buffers.get(arrived.buffer as usize).and_then(|all| all.get(..arrived.len));
@@ -245,7 +241,7 @@ impl Receive {
             }
             let payload = frame.get(segment.payload.clone()).unwrap_or_default();
             let len = segment.len();
-            if len + CHECK_SEQUENCE > LONGEST as usize {
+            if len > *limit {
                 tally.too_long += 1;
                 continue;
             }
@@ -386,5 +382,3 @@ impl<'a> Inbound<'a> {
         if bad { Err(BadDescriptor) } else { Ok(()) }
     }
 }
-
-const _: () = assert!(MAX_FRAME >= ETHERNET_HEADER && LONGEST <= u16::MAX as u32);

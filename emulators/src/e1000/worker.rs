@@ -96,10 +96,7 @@ impl Worker {
                 recalled = true;
                 self.queue.recall(&mut self.uring, &mut self.done);
             }
-            self.queue.turn(&mut self.uring, &mut self.done);
-            self.uring.submit()?;
-            self.hear()?;
-            progress += self.settle();
+            progress += self.exchange()?;
             if stopping && self.queue.in_flight() == 0 {
                 return Ok(());
             }
@@ -107,6 +104,20 @@ impl Worker {
                 self.sleep(stopping)?;
             }
         }
+    }
+
+    /// All that [`Self::run`] does between two looks at whether to stop or to sleep. Returns how much
+    /// was done.
+    pub(super) fn step(&mut self) -> io::Result<u32> {
+        Ok(self.turn() + self.exchange()?)
+    }
+
+    /// Ends a batch, and takes what has come of it and of earlier ones.
+    fn exchange(&mut self) -> io::Result<u32> {
+        self.queue.turn(&mut self.uring, &mut self.done);
+        self.uring.submit()?;
+        self.hear()?;
+        Ok(settle(&mut self.done, &mut self.transmit, &mut self.receive, &self.shared))
     }
 
     /// Moves frames between the guest's rings and the network. Returns how much was done.
@@ -221,10 +232,6 @@ impl Worker {
         self.shared.counters.enters.add(enters - self.enters);
         self.enters = enters;
         Ok(())
-    }
-
-    fn settle(&mut self) -> u32 {
-        settle(&mut self.done, &mut self.transmit, &mut self.receive, &self.shared)
     }
 
     /// Sleeps until something has happened, or an interrupt is due.
