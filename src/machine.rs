@@ -18,8 +18,8 @@ use hypervisor::hosted::HostedPartition;
 use hypervisor::kvm::{self, HyperV, Irqchip, KernelCounters, KvmPartition, PartitionConfig};
 use hypervisor::synic::{MessageSink, Synic};
 use hypervisor::{
-    BootState, Bus, ExitCounters, GuestMemory, Partition, PartitionError, StopHandle, StopReason,
-    layout,
+    BootState, Bus, ExitCounters, Gpa, GuestMemory, Partition, PartitionError, StopHandle,
+    StopReason, layout,
 };
 
 use crate::boot::{BuiltinBoot, LinuxBoot};
@@ -499,6 +499,13 @@ fn add_nics(
         let decode = Arc::clone(&memory);
         let nic = E1000::new(number, config, partition.memory(), decode, line.end())
             .with_context(|| format!("cannot start e1000 {number}"))?;
+        // Where it is now; a guest that moves it does without.
+        let base = memory.base().map(u64::from);
+        for (base, (offset, len)) in
+            base.into_iter().flat_map(|base| pci::nic::QUIET.map(|quiet| (base, quiet)))
+        {
+            partition.defer_memory_writes(Gpa(base + u64::from(offset)), len)?;
+        }
         window.add(ports, pci::nic::PORTS, nic.ports());
         memory_window.add(memory, pci::nic::MEMORY, nic.memory());
         bus.add(slot, 0, function);

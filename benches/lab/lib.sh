@@ -66,7 +66,7 @@ per_io() {
         NR == FNR { next }
         /^stats: after/ { looks++ }
         /exits to user space:/ { exits[looks] += after("space:") }
-        /^stats: channel/ {
+        /^stats: (channel|nic)/ {
             signals[looks] += after("signals")
             interrupts[looks] += after("interrupts")
             enters[looks] += after("enters")

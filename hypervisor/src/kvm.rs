@@ -40,7 +40,7 @@ use crate::interrupts::{InterruptController, LocalApics};
 use crate::partition::Partition;
 use crate::synic::{MessageSink, Synic};
 use crate::{
-    BootState, Bus, ExitCounters, GuestMemory, InterruptLine, PartitionError, StopHandle,
+    BootState, Bus, ExitCounters, Gpa, GuestMemory, InterruptLine, PartitionError, StopHandle,
     StopReason, VpIndex, layout,
 };
 
@@ -338,6 +338,15 @@ impl Partition for KvmPartition {
         self.vm
             .register_coalesced_mmio(IoEventAddress::Pio(port.into()), count)
             .map_err(call("cannot defer writes to a port"))
+    }
+
+    fn defer_memory_writes(&self, gpa: Gpa, len: u32) -> Result<(), PartitionError> {
+        if self.deferred.is_none() {
+            return Ok(());
+        }
+        self.vm
+            .register_coalesced_mmio(IoEventAddress::Mmio(gpa.0), len)
+            .map_err(call("cannot defer writes to an address"))
     }
 
     /// Each on a thread of its own.

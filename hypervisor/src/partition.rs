@@ -71,6 +71,12 @@ pub trait Partition: Send {
         Ok(())
     }
 
+    /// The same of writes to the `len` addresses from `gpa`, where no RAM is.
+    fn defer_memory_writes(&self, gpa: Gpa, len: u32) -> Result<(), PartitionError> {
+        let _ = (gpa, len);
+        Ok(())
+    }
+
     /// Runs the processors until somebody stops them; then they are gone. The buses have the
     /// devices, and `sink` takes the guest's messages.
     fn run(&mut self, ports: &Arc<Bus>, mmio: &Arc<Bus>, sink: &Arc<dyn MessageSink>)

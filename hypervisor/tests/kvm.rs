@@ -240,20 +240,26 @@ fn deferred_writes_come_before_the_next_exit() {
         0xee, // out dx, al
         0xb0, 0x32, // mov al, '2'
         0xee, // out dx, al
+        0xb8, 0x00, 0x00, 0x00, 0x20, // mov eax, NO_RAM
+        0x66, 0xc7, 0x40, 0x04, 0x34, 0x12, // mov word [rax + 4], 0x1234
         0x66, 0xba, 0x10, 0x02, // mov dx, 0x210
         0xb0, 0x21, // mov al, '!'
         0xee, // out dx, al
     ];
     let Some(mut partition) = partition(1, &code) else { return };
     partition.defer_port_writes(0x200, 4).unwrap();
+    partition.defer_memory_writes(Gpa(NO_RAM), 8).unwrap();
     let device = Arc::new(Port { written: Mutex::default(), stop: partition.stop_handle() });
-    let mut ports = Bus::ports();
+    let memory = Arc::new(Port { written: Mutex::default(), stop: partition.stop_handle() });
+    let (mut ports, mut mmio) = (Bus::ports(), Bus::mmio());
     ports.add("device", 0x200, 0x20, device.clone()).unwrap();
+    mmio.add("memory", NO_RAM, 0x1000, memory.clone()).unwrap();
     let counters = partition.exit_counters();
-    assert_eq!(run(&mut partition, ports, Bus::mmio()), StopReason::PowerOff);
+    assert_eq!(run(&mut partition, ports, mmio), StopReason::PowerOff);
     let written = device.written.lock().unwrap();
     assert_eq!(*written, [(0, b"1".to_vec()), (0, b"2".to_vec()), (0x10, b"!".to_vec())]);
-    assert!(matches!(counters[0].total(), 1 | 3), "one where KVM can defer port writes");
+    assert_eq!(*memory.written.lock().unwrap(), [(4, vec![0x34, 0x12])]);
+    assert!(matches!(counters[0].total(), 1 | 4), "one where KVM can defer writes");
 }
 
 /// A port that strings are written to; what is written to the one behind it goes to `other`.

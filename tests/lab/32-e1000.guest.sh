@@ -34,6 +34,13 @@ ethtool -S "$nic" | grep 'rx_csum_offload_good: [1-9]'
 ethtool -S "$nic" | grep -E 'tx_tcp_seg_good: [1-9]|rx_missed_errors|rx_long_length'
 grep "$nic" /proc/interrupts
 
+# The NIC puts tags into frames and takes them out.
+ip link add link "$nic" name tagged type vlan id 7
+ip link set tagged up
+ip addr add 10.0.7.2/24 dev tagged
+ping -c 3 -i 0.2 -W 5 10.0.7.1
+ip link del tagged
+
 # A packet of 8000 bytes is one frame, and lies in several buffers.
 ip link set "$nic" mtu 9000
 up
@@ -81,9 +88,18 @@ done
 ping -c 3 -i 0.2 -W 5 10.0.0.1
 echo 'reload: done'
 
+# carrier VALUE: waits until the link is so.
+carrier() {
+    for _ in $(seq 100); do
+        [ "$(cat "/sys/class/net/$nic/carrier")" = "$1" ] && break
+        sleep 0.1
+    done
+    [ "$(cat "/sys/class/net/$nic/carrier")" = "$1" ]
+}
+echo 'cable: out'
+carrier 0
+echo 'cable: in'
+carrier 1
+ping -c 3 -i 0.2 -W 5 10.0.0.1
 echo 'cable: ready'
-for _ in $(seq 100); do
-    [ "$(cat "/sys/class/net/$nic/carrier")" = 0 ] && break
-    sleep 0.1
-done
-[ "$(cat "/sys/class/net/$nic/carrier")" = 0 ]
+carrier 0

@@ -14,6 +14,11 @@ pub const MEMORY: u32 = 0x2_0000;
 /// Ports by which they are reached too.
 pub const PORTS: u16 = 64;
 
+/// Registers among them, as offset and bytes, where a write says nothing before something else is
+/// accessed, which drivers do after each that matters: the EEPROM's wires, the pause between
+/// interrupts and the hold on their causes, tables of addresses and VLANs.
+pub const QUIET: [(u32, u32); 4] = [(0x10, 4), (0xc4, 4), (0xd8, 4), (0x5200, 0x600)];
+
 const INTEL: u16 = 0x8086;
 
 /// The NIC that is device number `slot`, and where its registers are, in memory and by ports. It has

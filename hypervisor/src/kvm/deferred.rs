@@ -1,9 +1,9 @@
-//! Port writes that need no answer: KVM keeps them in a ring, without an exit, until the next exit
-//! of any processor ("coalesced" I/O in the kernel's documentation).
+//! Writes to devices that need no answer: KVM keeps them in a ring, without an exit, until the next
+//! exit of any processor ("coalesced" I/O in the kernel's documentation).
 //!
 //! Good for a register that only says what the next access is about, such as the CMOS's index or an
-//! IDE drive's address registers. KVM looks at ports alone, so there must be no other register among
-//! the bytes of a wide one.
+//! IDE drive's address registers. KVM looks at ports and addresses alone, so there must be no other
+//! register among the bytes of a wide one.
 
 #![allow(unsafe_code)] // The ring is a page shared with the kernel.
 
@@ -58,8 +58,8 @@ impl DeferredWrites {
         unsafe { AtomicU32::from_ptr(pointer) }
     }
 
-    /// Gives `write` what has been deferred, port and bytes, in order.
-    pub(super) fn drain(&self, mut write: impl FnMut(u64, &[u8])) {
+    /// Gives `write` what has been deferred, in order: whether it was to a port, where, and bytes.
+    pub(super) fn drain(&self, mut write: impl FnMut(bool, u64, &[u8])) {
         let first = self.index(offset_of!(kvm_coalesced_mmio_ring, first));
         let last = self.index(offset_of!(kvm_coalesced_mmio_ring, last));
         if first.load(Ordering::Relaxed) == last.load(Ordering::Relaxed) {
@@ -78,7 +78,9 @@ impl DeferredWrites {
             // passed it.
             let entry = unsafe { entry.read() };
             let len = (entry.len as usize).min(entry.data.len());
-            write(entry.phys_addr, &entry.data[..len]);
+            // SAFETY: both fields of the union are the same number.
+            let is_port = unsafe { entry.__bindgen_anon_1.pio } != 0;
+            write(is_port, entry.phys_addr, &entry.data[..len]);
             // Only now: whoever finds the ring empty goes on at once, and must find the device as
             // the entry has left it.
             first.store((at + 1) % ENTRIES, Ordering::Release);

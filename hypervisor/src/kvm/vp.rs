@@ -59,14 +59,17 @@ pub(super) struct Environment {
 pub(super) struct Buses {
     pub(super) ports: Arc<Bus>,
     pub(super) mmio: Arc<Bus>,
-    /// Port writes from before an exit, to be done before it.
+    /// Writes from before an exit, to be done before it.
     pub(super) deferred: Option<Arc<DeferredWrites>>,
 }
 
 impl Buses {
     fn catch_up(&self) {
         if let Some(deferred) = &self.deferred {
-            deferred.drain(|port, data| self.ports.write(port, data));
+            deferred.drain(|is_port, address, data| {
+                let bus = if is_port { &self.ports } else { &self.mmio };
+                bus.write(address, data);
+            });
         }
     }
 }
