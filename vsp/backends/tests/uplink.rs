@@ -184,6 +184,28 @@ fn machines_meet_at_a_socket_and_the_first_forwards() {
 }
 
 #[test]
+fn bursts_arrive_whole_and_in_order() {
+    let folder = Folder::new();
+    let [mut a, mut b] = [1, 2].map(|number| Machine::at(number, &folder.socket()));
+    a.reach(&mut b);
+    b.reach(&mut a);
+    for burst in 0..20 {
+        // No more than an inbox holds.
+        let frames: Vec<_> = (0..400)
+            .map(|number| {
+                let mut frame = a.frame(&b, &format!("{burst} {number}"));
+                frame.resize(60 + number * 7 % 1440, number as u8);
+                frame
+            })
+            .collect();
+        frames.iter().for_each(|frame| a.send(frame, Offload::NONE));
+        for frame in frames {
+            assert_eq!(b.receive(), frame);
+        }
+    }
+}
+
+#[test]
 fn what_a_guest_left_to_its_nic_is_done_on_the_way() {
     let folder = Folder::new();
     let [mut a, mut b] = [1, 2].map(|number| Machine::at(number, &folder.socket()));
