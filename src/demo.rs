@@ -57,11 +57,11 @@ pub struct Demo {
 const WORK: &str = "identify; verify bytes=16M; \
                     checksum disk=0 bytes=4M; checksum disk=1 transfer=dma bytes=4M; \
                     checksum disk=1 transfer=pio bytes=4M; \
-                    bench depth=32 time=150ms; bench time=150ms; \
-                    bench disk=1 transfer=dma time=150ms; bench disk=1 transfer=pio time=150ms; \
-                    exchange nic=0 peer=1 time=80ms; exchange nic=0 peer=1 depth=1 time=80ms; \
-                    exchange nic=2 peer=3 time=80ms; exchange nic=2 peer=3 depth=1 time=80ms; \
-                    exchange nic=0 peer=2 time=80ms";
+                    bench depth=32 time=120ms; bench time=120ms; \
+                    bench disk=1 transfer=dma time=120ms; bench disk=1 transfer=pio time=120ms; \
+                    exchange nic=0 peer=1 time=60ms; exchange nic=0 peer=1 depth=1 time=60ms; \
+                    exchange nic=2 peer=3 time=60ms; exchange nic=2 peer=3 depth=1 time=60ms; \
+                    exchange nic=0 peer=2 time=60ms";
 
 /// The NICs, in the guest's order.
 const NICS: [&str; 4] = [
