@@ -363,6 +363,7 @@ impl<M: RingMemory> Outgoing<M> {
 
     /// Whether packets of `bytes` together, as of [`ring_size`], fit now. Looks at the other side's
     /// index only if by what is known they do not.
+    #[inline]
     pub fn fits(&mut self, bytes: u32) -> Result<bool, RingError> {
         Ok(bytes <= self.room() || bytes <= self.free()?)
     }

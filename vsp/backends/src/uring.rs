@@ -143,6 +143,8 @@ pub struct Uring {
     /// Completion work waits for an enter that asks for it.
     deferred: bool,
     in_flight: u64,
+    /// Operations since the last enter.
+    collected: usize,
     counters: Counters,
     files: u32,
     file_slots: u32,
@@ -181,6 +183,7 @@ impl Uring {
             ring,
             deferred,
             in_flight: 0,
+            collected: 0,
             counters: Counters::default(),
             files: 0,
             file_slots,
@@ -235,6 +238,7 @@ impl Uring {
             // SAFETY: the caller vouches for what the entry points to.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 self.in_flight += 1;
+                self.collected += 1;
                 return Ok(());
             }
             self.enter(0)?;
@@ -245,6 +249,12 @@ impl Uring {
     /// Operations collected and not yet handed over.
     pub fn pending(&mut self) -> usize {
         self.ring.submission().len()
+    }
+
+    /// Operations collected since the last enter. Unlike [`Self::pending`] it does not look at memory
+    /// that the kernel shares.
+    pub fn collected(&self) -> usize {
+        self.collected
     }
 
     /// Operations whose last completion has not come out of [`Self::next`] yet.
@@ -294,6 +304,7 @@ impl Uring {
         let timespec = types::Timespec::from(timeout);
         let arguments = types::SubmitArgs::new().timespec(&timespec);
         self.counters.enters += 1;
+        self.collected = 0;
         let before = self.pending();
         let result = self.ring.submitter().submit_with_args(want, &arguments);
         self.counters.sqes += before.saturating_sub(self.pending()) as u64;
@@ -302,6 +313,7 @@ impl Uring {
 
     fn enter(&mut self, want: usize) -> io::Result<()> {
         let mut pending = self.pending();
+        self.collected = 0;
         loop {
             self.counters.enters += 1;
             // GETEVENTS even when not waiting: it lets deferred completion work run in a call that

@@ -172,7 +172,7 @@ impl Worker {
                 room -= 1;
                 taken += 1;
                 volume += self.engine.take_volume();
-                if self.uring.pending() >= self.batch {
+                if self.uring.collected() >= self.batch {
                     self.uring.submit()?;
                 }
             }
