@@ -36,13 +36,13 @@ mod tsc;
 
 /// L1's kernel command line. KVM calls a guest's reference TSC page valid only where L1's own clock is the TSC, so
 /// L1 must trust the emulated one.
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc";
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc mitigations=off";
 
 /// L1's processor: all that TCG can emulate, without XSAVE and what builds on it. TCG does not
 /// intercept XSETBV, so KVM would not hear which states a guest enables and tell it a wrong size of
 /// its save area, at which Linux warns with a call trace. Its family is Zen's: for that of the K8, which TCG
 /// would give it, Debian's full kernel looks for an AGP bridge on 256 buses of PCI.
-const PROCESSOR: &str = "max,family=23,model=1,xsave=off,pku=off";
+const PROCESSOR: &str = "max,family=23,model=1,xsave=off,pku=off,erms=off,fsrm=off";
 
 /// How many lines of L1's console an error shows.
 const TAIL: usize = 20;
