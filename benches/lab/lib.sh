@@ -50,7 +50,7 @@ watch_console() {
     echo "$1 memory faults=${faults:-?}"
 }
 
-# per_io VMM: from what its last guest's console and partita's log say, a line for each job: exits to
+# per_io VMM CONSOLE: from what its last guest's console and partita's log say, a line for each job: exits to
 # user space, signals, interrupts and system calls of io_uring for each I/O or packet. About a hundred of a job's
 # exits to user space are its console's.
 per_io() {
@@ -80,11 +80,10 @@ per_io() {
                         job[i], (exits[to] - exits[from]) / ios[i], (signals[to] - signals[from]) / ios[i],
                         (interrupts[to] - interrupts[from]) / ios[i], (enters[to] - enters[from]) / ios[i]
             }
-        }' console "$1.log"
+        }' "$2" "$1.log"
 }
 
-# compare VMM...: runs VMM_run of each, in turn. Then the median of each, since emulated processors stand
-# still now and then, and the first's ratio to each of the others.
+# compare VMM...: runs VMM_run of each, in turn. Then their medians.
 compare() {
     for round in $(seq "$rounds"); do
         for vmm; do
@@ -93,10 +92,16 @@ compare() {
             cat console >>results
             if [ -e "$vmm.log" ]; then
                 sed "s/^/$vmm: /" "$vmm.log"
-                per_io "$vmm" | tee -a results
+                per_io "$vmm" console | tee -a results
             fi
         done
     done
+    medians "$@"
+}
+
+# medians VMM...: of each figure in ./results the median, since emulated processors stand still now and
+# then, and the first's ratio to each of the others.
+medians() {
     echo
     awk -v vmms="$*" '
         function note(what, value) {
