@@ -6,6 +6,7 @@
 //! does, cut into sections. Then it may ask for sub-channels. What comes out of order is refused,
 //! or ignored where the protocol has no answer.
 
+use backends::net::MAX_FRAME;
 use vmbus::nvsp::{
     Capabilities, Init, InitComplete, Message, MessageKind, NdisConfig, Outgoing,
     ReceiveBufferComplete, RevokeBuffer, SendBufferComplete, ShareBuffer, Status,
@@ -24,6 +25,10 @@ const VLAN_TAG: u32 = 4;
 
 /// Bytes in front of a frame in its slot: an RNDIS header with all information there can be.
 pub(super) const SLOT_HEADER: u32 = 96;
+
+/// In how many slots the longest coalesced frame may lie: as few as leave each channel so many slots.
+const COALESCED_PARTS: [u32; 3] = [4, 8, 16];
+const FEWEST_LARGE_SLOTS: u32 = 128;
 
 /// Bytes in a section of the send buffer. Linux packs several small frames into one.
 const SECTION_SIZE: u32 = 6144;
@@ -226,7 +231,7 @@ impl Handshake {
                 return None;
             }
             let bytes = buffer_bytes(pages(buffer.gpadl)?)?;
-            let slot_size = slot_size(self.mtu);
+            let slot_size = self.slot_size(bytes);
             let slots = (bytes / slot_size).min(MAX_SLOTS) as u16;
             (slots > 0).then_some(ReceiveLayout {
                 gpadl: buffer.gpadl,
@@ -250,6 +255,23 @@ impl Handshake {
         self.shared[0] |= layout.is_some();
         self.receive = self.receive.or(layout);
         Reply { answer, step }
+    }
+
+    /// Bytes in a slot of a buffer of so many bytes. It takes a frame of this MTU, and more than that if
+    /// the guest takes coalesced frames and the buffer has room: each part of a frame costs both sides
+    /// as much as a frame.
+    fn slot_size(&self, bytes: u32) -> u32 {
+        let small = slot_size(self.mtu);
+        if !self.capabilities.has(Capabilities::RSC) {
+            return small;
+        }
+        let channels = u32::from(self.grants.subchannels) + 1;
+        let large = COALESCED_PARTS
+            .map(|parts| SLOT_HEADER + (MAX_FRAME as u32).div_ceil(parts))
+            .map(|size| size.next_multiple_of(64))
+            .into_iter()
+            .find(|size| bytes / size / channels >= FEWEST_LARGE_SLOTS);
+        large.map_or(small, |large| large.max(small))
     }
 
     fn send_buffer(
@@ -362,8 +384,9 @@ mod tests {
         let reply = share(&mut shake, MessageKind::SendReceiveBuffer, 4096);
         let complete: ReceiveBufferComplete = body(&reply, MessageKind::SendReceiveBufferComplete);
         assert_eq!((complete.status, complete.sections), (Status::Success, 1));
-        assert_eq!((complete.slot_size, complete.slots, complete.end), (2048, 8192, 16 << 20));
-        assert!(matches!(reply.step, Step::ReceiveBuffer(layout) if layout.slots == 8192));
+        let end = 16512 * 1016;
+        assert_eq!((complete.slot_size, complete.slots, complete.end), (16512, 1016, end));
+        assert!(matches!(reply.step, Step::ReceiveBuffer(layout) if layout.slots == 1016));
         assert!(shake.is_ready());
 
         let reply = share(&mut shake, MessageKind::SendSendBuffer, 255);
@@ -423,6 +446,29 @@ mod tests {
         // Sub-channels are of version 5, and a buffer cannot be replaced.
         assert_eq!(send(&mut shake, MessageKind::SubChannel, &ask).step, Step::None);
         assert_eq!(share(&mut shake, MessageKind::SendReceiveBuffer, 4).step, Step::None);
+    }
+
+    /// A guest that takes coalesced frames has them in a few large slots, if that leaves each of its
+    /// channels enough.
+    #[test]
+    fn slots_for_coalesced_frames_are_large() {
+        let slot_size = |subchannels, pages, mtu: u32| {
+            let mut shake = Handshake::new(Grants { subchannels, max_mtu: 9000 });
+            init(&mut shake, Version::V6_1.0);
+            let capabilities = Capabilities(Capabilities::RSC);
+            let config = NdisConfig { max_frame: mtu + ETHERNET_HEADER, reserved: 0, capabilities };
+            send(&mut shake, MessageKind::SendNdisConfig, &config);
+            let reply = share(&mut shake, MessageKind::SendReceiveBuffer, pages);
+            let Step::ReceiveBuffer(layout) = reply.step else { panic!("{reply:?}") };
+            layout.slot_size
+        };
+        assert_eq!(slot_size(0, 4096, 1500), 16512);
+        assert_eq!(slot_size(6, 4096, 1500), 16512);
+        assert_eq!(slot_size(7, 4096, 1500), 8320);
+        assert_eq!(slot_size(15, 4096, 1500), 4224);
+        assert_eq!(slot_size(63, 4096, 1500), 2048);
+        assert_eq!(slot_size(0, 256, 1500), 4224);
+        assert_eq!(slot_size(15, 4096, 9000), 9216);
     }
 
     #[test]
