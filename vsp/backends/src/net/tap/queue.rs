@@ -31,6 +31,9 @@ const HEADER: usize = size_of::<VirtioNetHeader>();
 /// Reads in a batch, at most.
 const MAX_BATCH: usize = 64;
 
+/// Bytes in a batch, more or less: who waits for the first of them does not wait for many more.
+const BATCH_BYTES: usize = 64 * 1024;
+
 /// Which of the queue's operations a completion is of: the high half of its token's value. The low
 /// half is a slot.
 const SEND: u64 = 0;
@@ -228,7 +231,11 @@ impl TapQueue {
     /// [`Self::read_batch`] by a system call for each frame.
     fn read_now(&mut self, uring: &mut Uring, done: &mut Completions) {
         let fd = self.shared.fd(self.index).as_raw_fd();
+        let mut bytes = 0;
         for _ in 0..MAX_BATCH {
+            if bytes >= BATCH_BYTES {
+                return;
+            }
             let Some(index) = self.waiting.pop_front() else { return };
             let Some(slot) = self.receives.get(index) else { return };
             slot.header = VirtioNetHeader::default();
@@ -237,7 +244,7 @@ impl TapQueue {
             // slot's, which stays where it is during the call.
             let read = unsafe { libc::readv(fd, pieces.as_ptr().cast(), pieces.len() as i32) };
             match usize::try_from(read) {
-                Ok(read) if self.received(index, read, done) => {}
+                Ok(read) if self.received(index, read, done) => bytes += read,
                 Ok(_) => {
                     self.counters.receive_drops += 1;
                     self.waiting.push_front(index);
