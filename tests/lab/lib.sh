@@ -67,3 +67,47 @@ whole() {
         debugfs -R "cat $file" "$1" 2>/dev/null | sha256sum | grep -q "^$sum" || fail "$file differs"
     done <sums
 }
+
+# until_shown TEXT: waits for a line of the guest's console that begins with it.
+until_shown() {
+    until grep -qs "^$1" console.log; do sleep 0.2; done
+}
+
+# host_end MAC MIB: the host's end of the tap lab0 and of its VLAN 7, for a guest's NIC at MAC: DHCP, iperf3,
+# and a file of so many MiB over HTTP. When the guest says so, frames come while its driver goes and comes,
+# and the tap is set down, up again and taken away.
+host_end() {
+    until ip addr add 10.0.0.1/24 dev lab0 2>/dev/null; do sleep 0.1; done
+    # Frames find their way while the guest cannot answer for its address.
+    ip neigh replace 10.0.0.2 lladdr "$1" dev lab0 nud permanent
+    modprobe 8021q
+    ip link add link lab0 name lab0.7 type vlan id 7
+    ip link set lab0.7 up
+    ip addr add 10.0.7.1/24 dev lab0.7
+    iperf3 -s >/dev/null 2>&1 &
+    touch leases
+    cat >udhcpd.conf <<END
+start 10.0.0.100
+end 10.0.0.100
+max_leases 1
+interface lab0
+lease_file $work/leases
+pidfile $work/udhcpd.pid
+option subnet 255.255.255.0
+option router 10.0.0.1
+END
+    busybox udhcpd -f -a 100 udhcpd.conf &
+    dd if=/dev/urandom of=file bs=1M count="$2" 2>/dev/null
+    md5sum <file >file.sum
+    busybox httpd -h "$work"
+    until_shown 'reload: begin'
+    ping -q -i 0.005 -s 1400 10.0.0.2 >ping.log 2>&1 &
+    pings=$!
+    until_shown 'tap: down'
+    kill $pings
+    ip link set lab0 down
+    until_shown 'tap: up'
+    ip link set lab0 up
+    until_shown 'tap: gone'
+    ip link del lab0
+}
