@@ -1,21 +1,21 @@
-//! From descriptors to frames: what the guest sends.
+//! What the guest sends: out of the ring, to the network, and back to the guest.
 //!
-//! A frame lies in the buffers of one or more descriptors and goes to the network from there. Only
-//! headers in which something has to change are copied: a tag is put in, an IP checksum, or lengths
-//! that the NIC leaves out because the frame is to be cut. What the network does not take, cutting
-//! and checksums, is done here, on a copy of the frame (a *bench*).
+//! - [`gather`]: descriptors into packets, with what is to be done to them.
+//! - [`headers`]: what of that is left to the network, and doing the rest.
+//! - [`packets`]: those under way, until their descriptors are written back.
 //!
-//! Descriptors are read once, when the frame is gathered; what they name is checked then. Packets
-//! are given back in order, each when its last frame has left.
+//! Here frames are handed to the network, from where they lie if possible. Those with which it cannot
+//! help are finished, and cut, on a copy of the frame (a *bench*).
 //!
 //! `unsafe` is the promise to the network that its buffers stay: guest memory, which the worker
 //! keeps mapped for longer than its io_uring lives, or the fronts and benches here, which are not
 //! touched before their frames have ended.
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
+mod gather;
+mod headers;
+mod packets;
 
-use backends::net::offload::{Checksum, Segmentation, Segments};
 use backends::net::segments::Segmenter;
 use backends::net::{
     Buffer, Completions, Dropped, ETHERNET_HEADER, Frame, MAX_BUFFERS, MAX_FRAME, MacAddr, Offload,
@@ -24,21 +24,19 @@ use backends::net::{
 use backends::uring::Uring;
 use hypervisor::{Gpa, GuestMemory};
 
-use super::bits::txd;
-use super::checksum::{ADDRESSES, TAG, fold, get, insert, put, word};
-use super::descriptors::{self, Context, Kind, Raw};
+use super::checksum::TAG;
+use super::descriptors::Raw;
 use super::registers::Ring;
+use gather::Gathered;
+use headers::{Front, VlanTag, Work, shifted};
+use packets::{Packet, Packets};
 
 /// Frames that can be under way to the network.
 pub(super) const FRAMES: u16 = 256;
-/// Packets that can be.
-const PACKETS: usize = 256;
 /// Descriptors that are read in one turn.
 const DESCRIPTORS: u32 = 1024;
 /// Copies of frames that are worked on.
 const BENCHES: usize = 4;
-/// The longest headers that are understood; a context cannot say more.
-const MAX_HEADERS: usize = 256;
 
 /// What of the NIC's settings is about frames to send.
 #[derive(Clone, Copy, Debug)]
@@ -81,46 +79,6 @@ impl Tally {
     }
 }
 
-/// What a packet's descriptors have said so far.
-#[derive(Clone, Debug, Default)]
-struct Gathered {
-    /// The first descriptor, contexts before the packet included, and how many.
-    first: u32,
-    descriptors: u32,
-    pieces: Vec<(u64, u32)>,
-    len: usize,
-    /// The first of its data descriptors, if these are extended: POPTS, and whether it is to be cut.
-    options: Option<(u8, bool)>,
-    /// A legacy checksum: where it begins and where it goes.
-    legacy: Option<(usize, usize)>,
-    tag: Option<u16>,
-    /// It is all there.
-    whole: bool,
-    bad: bool,
-    reports: Reports,
-}
-
-/// Which of a packet's descriptors are to be written back.
-#[derive(Clone, Copy, Debug, Default)]
-struct Reports {
-    last: bool,
-    others: bool,
-    /// The driver can wait for the last one's.
-    later: bool,
-}
-
-/// A packet that was taken from the ring.
-#[derive(Clone, Copy, Debug)]
-struct Packet {
-    first: u32,
-    descriptors: u32,
-    reports: Reports,
-    /// Its frames that have not ended.
-    frames: u32,
-    /// It has no others.
-    sealed: bool,
-}
-
 /// A frame under way.
 #[derive(Clone, Copy, Debug)]
 struct Outgone {
@@ -128,9 +86,6 @@ struct Outgone {
     packet: Option<u64>,
     bench: Option<usize>,
 }
-
-/// The changed front of a frame.
-struct Front([u8; MAX_HEADERS + TAG]);
 
 /// A frame's copy, with room for a tag before it.
 struct Bench {
@@ -149,17 +104,8 @@ struct Cutting {
     segmenter: Segmenter,
 }
 
-/// What is done to a frame before the network gets it.
-#[derive(Clone, Copy, Debug, Default)]
-struct Work {
-    /// An IP checksum: start, place, end.
-    ip: Option<(usize, usize, usize)>,
-    /// The same of TCP or UDP.
-    transport: Option<(usize, usize, usize)>,
-    /// It is to be cut, its headers so long.
-    cut: Option<usize>,
-}
-
+/// A packet that makes no sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Malformed;
 
 /// See the module's documentation.
@@ -167,12 +113,8 @@ pub(super) struct Transmit {
     epoch: u32,
     /// The next descriptor to read.
     fetch: u32,
-    /// The last context of packets that are not cut, and that of those that are.
-    contexts: [Context; 2],
     gathered: Gathered,
-    packets: VecDeque<Packet>,
-    /// The number of the first of them.
-    first: u64,
+    packets: Packets,
     frames: Box<[Outgone]>,
     free: Vec<u16>,
     fronts: Box<[Front]>,
@@ -189,13 +131,11 @@ impl Transmit {
         Self {
             epoch: 0,
             fetch: 0,
-            contexts: [Context::default(); 2],
             gathered: Gathered::default(),
-            packets: VecDeque::with_capacity(PACKETS),
-            first: 0,
+            packets: Packets::new(),
             frames: vec![Outgone { packet: None, bench: None }; frames].into(),
             free: (0..FRAMES).rev().collect(),
-            fronts: (0..frames).map(|_| Front([0; _])).collect(),
+            fronts: (0..frames).map(|_| Front::new()).collect(),
             benches: std::array::from_fn(|_| bench()),
             cutting: None,
             buffers: Vec::with_capacity(MAX_BUFFERS + 1),
@@ -210,9 +150,8 @@ impl Transmit {
         }
         self.epoch = ring.epoch;
         self.fetch = ring.head;
-        self.gathered = Gathered::default();
-        self.first += self.packets.len() as u64;
-        self.packets.clear();
+        self.gathered.clear();
+        self.packets.forget();
         for frame in &mut self.frames {
             frame.packet = None;
         }
@@ -235,7 +174,7 @@ impl Transmit {
                 return taken;
             }
             if self.gathered.whole {
-                if self.packets.len() >= PACKETS || !self.dispatch(limits, memory, way) {
+                if self.packets.is_full() || !self.dispatch(limits, memory, way) {
                     return taken;
                 }
                 continue;
@@ -249,7 +188,7 @@ impl Transmit {
                 self.fetch = ring.tail;
                 return taken + 1;
             };
-            self.gather(raw);
+            self.gathered.add(self.fetch, raw);
             // A packet cannot have more than there are, unless the guest moves the tail behind it.
             if self.gathered.descriptors >= ring.count {
                 (self.gathered.bad, self.gathered.whole) = (true, true);
@@ -259,67 +198,9 @@ impl Transmit {
         }
     }
 
-    /// Adds a descriptor to the packet that is gathered.
-    fn gather(&mut self, raw: Raw) {
-        let index = self.fetch;
-        let Self { gathered, contexts, .. } = self;
-        if gathered.descriptors == 0 {
-            *gathered = Gathered {
-                first: index,
-                pieces: std::mem::take(&mut gathered.pieces),
-                ..Gathered::default()
-            };
-            gathered.pieces.clear();
-        }
-        gathered.descriptors += 1;
-        // What was the last one no longer is.
-        gathered.reports.others |= gathered.reports.last;
-        let command = raw.command();
-        gathered.reports.last = command & txd::RS != 0;
-        let (address, len, special) = match raw.kind() {
-            Kind::Context(context) => {
-                contexts[usize::from(context.tucmd() & txd::TSE != 0)] = context;
-                return;
-            }
-            Kind::Unknown => {
-                gathered.bad = true;
-                gathered.whole = command & txd::EOP != 0;
-                return;
-            }
-            Kind::Legacy(legacy) => {
-                if command & (txd::EOP | txd::IC) == txd::EOP | txd::IC {
-                    let (start, place) = (legacy.checksum_start, legacy.checksum_offset);
-                    gathered.legacy = Some((start.into(), place.into()));
-                }
-                (legacy.address, legacy.length.into(), legacy.special)
-            }
-            Kind::Data(data) => {
-                gathered.options.get_or_insert((data.options, command & txd::TSE != 0));
-                (data.address, data.length(), data.special)
-            }
-        };
-        if len > 0 {
-            gathered.len += len as usize;
-            if gathered.len > MAX_FRAME {
-                gathered.bad = true;
-            }
-            // A frame of the greatest length in the smallest pieces that make sense.
-            if gathered.pieces.len() < 4 * MAX_BUFFERS && !gathered.bad {
-                gathered.pieces.push((address, len));
-            } else {
-                gathered.bad = true;
-            }
-        }
-        if command & txd::EOP != 0 {
-            gathered.whole = true;
-            gathered.tag = (command & txd::VLE != 0).then_some(special);
-            gathered.reports.later = command & txd::IDE != 0;
-        }
-    }
-
     /// Sends the packet that was gathered. False: it has to wait.
     fn dispatch(&mut self, limits: &Limits, memory: &GuestMemory, way: &mut Way<'_>) -> bool {
-        let number = self.first + self.packets.len() as u64;
+        let number = self.packets.next_number();
         let Gathered { first, descriptors, reports, .. } = self.gathered;
         let mut packet = Packet { first, descriptors, reports, frames: 0, sealed: true };
         match self.send(number, limits, memory, way) {
@@ -330,8 +211,8 @@ impl Transmit {
             Ok(None) => return false,
             Err(Malformed) => self.tally.malformed += 1,
         }
-        self.packets.push_back(packet);
-        (self.gathered.descriptors, self.gathered.whole) = (0, false);
+        self.packets.push(packet);
+        self.gathered.clear();
         true
     }
 
@@ -348,37 +229,21 @@ impl Transmit {
             return Err(Malformed);
         }
         let tag = self.gathered.tag.filter(|_| limits.tags);
-        let work = self.work()?;
+        let tag = tag.map(|tci| VlanTag { kind: limits.tag_type, tci });
+        let work = self.gathered.work()?;
         if work.cut.is_none() && len > ETHERNET_HEADER + TAG + usize::from(limits.mtu) {
             return Err(Malformed);
         }
         let Some(&slot) = self.free.last() else { return Ok(None) };
         let mut to = [0; 6];
-        self.read(0, &mut to, memory)?;
-        let sent = if let Some((offload, copied)) = self.plain(&work, limits) {
-            let (offload, copied) = self.front(slot, &work, offload, copied, memory, limits)?;
-            let mut frame_len = len;
-            if let Some(tci) = tag {
-                self.put_tag(slot, copied, limits.tag_type, tci)?;
-                frame_len += TAG;
-            }
-            let in_front = copied + if tag.is_some() { TAG } else { 0 };
-            let offload = if tag.is_some() { shifted(offload) } else { offload };
-            if frame_len > MAX_FRAME {
-                return Err(Malformed);
-            }
-            self.buffers.clear();
-            if in_front > 0 {
-                let front = self.fronts.get_mut(usize::from(slot)).ok_or(Malformed)?;
-                self.buffers.push(front.0.get_mut(..in_front).ok_or(Malformed)?.into());
-            }
-            self.rest(copied, memory)?;
-            if self.buffers.len() <= MAX_BUFFERS && limits.takes.contains(offload.needs()) {
-                self.hand_over(number, None, frame_len, offload, way);
-                Some((1, true))
-            } else {
-                self.bench(number, &work, tag, limits, memory, way)?
-            }
+        self.gathered.read(0, &mut to, memory)?;
+        let placed = match work.plan(len, tag.is_some()) {
+            Some(plan) => self.place(slot, &work, plan, tag, limits, memory)?,
+            None => None,
+        };
+        let sent = if let Some((frame_len, offload)) = placed {
+            self.hand_over(number, None, frame_len, offload, way);
+            Some((1, true))
         } else {
             self.bench(number, &work, tag, limits, memory, way)?
         };
@@ -389,147 +254,43 @@ impl Transmit {
         Ok(sent)
     }
 
-    /// What the packet's first descriptor and its context ask for.
-    fn work(&self) -> Result<Work, Malformed> {
-        let len = self.gathered.len;
-        let mut work = Work::default();
-        if let Some((start, place)) = self.gathered.legacy {
-            work.transport = Some((start, place, len));
-        }
-        let Some((options, cut)) = self.gathered.options else { return Ok(work) };
-        let context = &self.contexts[usize::from(cut)];
-        if cut {
-            let headers = usize::from(context.header_len);
-            if headers > len || context.segment_size == 0 {
-                return Err(Malformed);
-            }
-            work.cut = Some(headers);
-            return Ok(work);
-        }
-        let span = |start: u8, place: u8, end: u16| {
-            let end = if end == 0 { len } else { usize::from(end) + 1 };
-            (usize::from(start), usize::from(place), end)
-        };
-        let Context { ip_start, ip_offset, ip_end, .. } = *context;
-        let Context { transport_start, transport_offset, transport_end, .. } = *context;
-        if options & txd::POPTS_IXSM != 0 {
-            work.ip = Some(span(ip_start, ip_offset, ip_end));
-        }
-        if options & txd::POPTS_TXSM != 0 {
-            work.transport = Some(span(transport_start, transport_offset, transport_end));
-        }
-        for (_, place, end) in work.ip.iter().chain(&work.transport) {
-            if *end > len || place + 2 > len {
-                return Err(Malformed);
-            }
-        }
-        Ok(work)
-    }
-
-    /// What is left to the network, and how many bytes have to be copied for the rest; `None` if that
-    /// takes a copy of the whole.
-    fn plain(&self, work: &Work, limits: &Limits) -> Option<(Offload, usize)> {
-        let mut offload = Offload::NONE;
-        let mut copied = 0;
-        if let Some(headers) = work.cut {
-            return Some((offload, headers));
-        }
-        if let Some((_, _, end)) = work.ip {
-            copied = end;
-        }
-        if let Some((start, place, end)) = work.transport {
-            let offset = place.checked_sub(start)?;
-            if end != self.gathered.len || start < ETHERNET_HEADER {
-                return None;
-            }
-            let (start, offset) = (u16::try_from(start).ok()?, u16::try_from(offset).ok()?);
-            offload.checksum = Checksum::Partial { start, offset };
-        }
-        if self.gathered.tag.is_some() && limits.tags {
-            copied = copied.max(ADDRESSES);
-        }
-        (copied <= MAX_HEADERS).then_some((offload, copied))
-    }
-
-    /// Copies the first bytes of the frame and changes them.
-    fn front(
+    /// Leaves the memory of the packet's one frame in `buffers`: what is copied, and changed, in the
+    /// slot's front, and the rest where it is. Returns how long the frame is, and what is left to the
+    /// network; `None` if that does not take it so.
+    fn place(
         &mut self,
         slot: u16,
         work: &Work,
-        offload: Offload,
-        copied: usize,
-        memory: &GuestMemory,
+        plan: (Offload, usize),
+        tag: Option<VlanTag>,
         limits: &Limits,
-    ) -> Result<(Offload, usize), Malformed> {
-        if copied == 0 {
-            return Ok((offload, 0));
-        }
-        let mut headers = [0; MAX_HEADERS];
-        let headers = headers.get_mut(..copied).ok_or(Malformed)?;
-        self.read(0, headers, memory)?;
-        let mut offload = offload;
-        if work.cut.is_some() {
-            offload = complete(headers, self.gathered.len, &self.contexts[1], limits.takes)
-                .ok_or(Malformed)?;
-        } else if let Some((start, place, end)) = work.ip {
-            insert(headers, start, place, end).ok_or(Malformed)?;
-        }
+        memory: &GuestMemory,
+    ) -> Result<Option<(usize, Offload)>, Malformed> {
+        let (mut offload, copied) = plan;
+        let (mut in_front, mut frame_len) = (copied, self.gathered.len);
         let front = self.fronts.get_mut(usize::from(slot)).ok_or(Malformed)?;
-        front.0.get_mut(..copied).ok_or(Malformed)?.copy_from_slice(headers);
-        Ok((offload, copied))
-    }
-
-    /// Puts a tag behind the addresses in a frame's front.
-    fn put_tag(
-        &mut self,
-        slot: u16,
-        copied: usize,
-        tag_type: u16,
-        tci: u16,
-    ) -> Result<(), Malformed> {
-        let front = self.fronts.get_mut(usize::from(slot)).ok_or(Malformed)?;
-        front.0.copy_within(ADDRESSES..copied.max(ADDRESSES), ADDRESSES + TAG);
-        put(&mut front.0, ADDRESSES, tag_type).ok_or(Malformed)?;
-        put(&mut front.0, ADDRESSES + 2, tci).ok_or(Malformed)
-    }
-
-    /// Reads the frame's bytes from `skip` on.
-    fn read(&self, skip: usize, into: &mut [u8], memory: &GuestMemory) -> Result<(), Malformed> {
-        let mut skip = skip;
-        let mut left = into;
-        for (address, len) in &self.gathered.pieces {
-            if left.is_empty() {
-                break;
-            }
-            let len = *len as usize;
-            if skip >= len {
-                skip -= len;
-                continue;
-            }
-            let (now, later) = left.split_at_mut((len - skip).min(left.len()));
-            let from = address.checked_add(skip as u64).ok_or(Malformed)?;
-            memory.read(Gpa(from), now).map_err(|_| Malformed)?;
-            skip = 0;
-            left = later;
+        if copied > 0 {
+            let headers = front.get_mut(copied).ok_or(Malformed)?;
+            self.gathered.read(0, headers, memory)?;
+            let changed = work.change(headers, frame_len, offload, limits.takes);
+            offload = changed.ok_or(Malformed)?;
         }
-        if left.is_empty() { Ok(()) } else { Err(Malformed) }
-    }
-
-    /// Adds the memory of the frame's bytes from `skip` on to the buffers.
-    fn rest(&mut self, skip: usize, memory: &GuestMemory) -> Result<(), Malformed> {
-        let mut skip = skip;
-        for (address, len) in &self.gathered.pieces {
-            let len = *len as usize;
-            let slice = memory.slice(Gpa(*address), len).ok_or(Malformed)?;
-            if skip >= len {
-                skip -= len;
-                continue;
-            }
-            let start = slice.ptr_guard_mut().as_ptr().wrapping_add(skip);
-            self.buffers.push(Buffer::new(start, len - skip));
-            skip = 0;
+        if let Some(tag) = tag {
+            tag.insert(front, copied).ok_or(Malformed)?;
+            offload = shifted(offload);
+            in_front += TAG;
+            frame_len += TAG;
         }
-        Ok(())
+        if frame_len > MAX_FRAME {
+            return Err(Malformed);
+        }
+        self.buffers.clear();
+        if in_front > 0 {
+            self.buffers.push(front.get_mut(in_front).ok_or(Malformed)?.into());
+        }
+        self.gathered.buffers(copied, memory, &mut self.buffers)?;
+        let taken = self.buffers.len() <= MAX_BUFFERS && limits.takes.contains(offload.needs());
+        Ok(taken.then_some((frame_len, offload)))
     }
 
     /// Gives the network what is in `buffers`, by the free slot that is next.
@@ -555,22 +316,23 @@ impl Transmit {
         &mut self,
         number: u64,
         work: &Work,
-        tag: Option<u16>,
+        tag: Option<VlanTag>,
         limits: &Limits,
         memory: &GuestMemory,
         way: &mut Way<'_>,
     ) -> Result<Option<(u32, bool)>, Malformed> {
         let free = self.benches.iter().position(|bench| bench.users == 0);
         let Some(index) = free else { return Ok(None) };
-        let len = self.gathered.len;
-        let mut bytes = match self.benches.get_mut(index) {
-            Some(bench) => std::mem::take(&mut bench.bytes),
-            None => return Err(Malformed),
-        };
-        let prepared = self.prepare(&mut bytes, work, tag, limits, memory);
         let Some(bench) = self.benches.get_mut(index) else { return Err(Malformed) };
-        bench.bytes = bytes;
-        let offload = prepared?;
+        let len = self.gathered.len;
+        // Behind the room for a tag.
+        let frame = bench.bytes.get_mut(TAG..TAG + len).ok_or(Malformed)?;
+        self.gathered.read(0, frame, memory)?;
+        let mut offload = work.finish(frame).ok_or(Malformed)?;
+        if let Some(tag) = tag {
+            tag.insert_with_room(&mut bench.bytes).ok_or(Malformed)?;
+            offload = shifted(offload);
+        }
         let (start, end) = (if tag.is_some() { 0 } else { TAG }, TAG + len);
         let frame = bench.bytes.get_mut(start..end).ok_or(Malformed)?;
         if limits.takes.contains(offload.needs()) {
@@ -587,42 +349,6 @@ impl Transmit {
         Ok(Some((0, false)))
     }
 
-    /// Copies the packet behind the room for a tag and does what is not about single segments.
-    fn prepare(
-        &self,
-        bytes: &mut [u8],
-        work: &Work,
-        tag: Option<u16>,
-        limits: &Limits,
-        memory: &GuestMemory,
-    ) -> Result<Offload, Malformed> {
-        let len = self.gathered.len;
-        let frame = bytes.get_mut(TAG..TAG + len).ok_or(Malformed)?;
-        self.read(0, frame, memory)?;
-        let mut offload = Offload::NONE;
-        if let Some(headers) = work.cut {
-            let headers = frame.get_mut(..headers).ok_or(Malformed)?;
-            offload = complete(headers, len, &self.contexts[1], Offloads::ALL).ok_or(Malformed)?;
-        }
-        if let Some((start, place, end)) = work.ip {
-            insert(frame, start, place, end).ok_or(Malformed)?;
-        }
-        if let Some((start, place, end)) = work.transport {
-            insert(frame, start, place, end).ok_or(Malformed)?;
-            // Which would mean, in UDP, that there is none.
-            if get(frame, place) == Some(0) {
-                put(frame, place, 0xffff).ok_or(Malformed)?;
-            }
-        }
-        if let Some(tci) = tag {
-            bytes.copy_within(TAG..TAG + ADDRESSES, 0);
-            put(bytes, ADDRESSES, limits.tag_type).ok_or(Malformed)?;
-            put(bytes, ADDRESSES + 2, tci).ok_or(Malformed)?;
-            offload = shifted(offload);
-        }
-        Ok(offload)
-    }
-
     /// Sends segments of the packet that is being cut. False: there are more than there is room for.
     fn cut_on(&mut self, way: &mut Way<'_>) -> bool {
         let Some(mut cutting) = self.cutting.take() else { return true };
@@ -637,7 +363,7 @@ impl Transmit {
             let Some(segment) = cutting.segmenter.next(frame) else { break };
             let len = segment.len();
             let Some(front) = self.fronts.get_mut(usize::from(slot)) else { break };
-            let Some(headers) = front.0.get_mut(..segment.headers.len()) else { break };
+            let Some(headers) = front.get_mut(segment.headers.len()) else { break };
             headers.copy_from_slice(segment.headers);
             self.buffers.clear();
             self.buffers.push(headers.into());
@@ -646,20 +372,16 @@ impl Transmit {
                 self.buffers.push(payload.into());
             }
             place.users += 1;
-            if let Some(packet) = self.packet(packet) {
+            if let Some(packet) = self.packets.get_mut(packet) {
                 packet.frames += 1;
             }
             self.hand_over(packet, Some(bench), len, Offload::NONE, way);
         }
-        if let Some(packet) = self.packet(packet) {
+        if let Some(packet) = self.packets.get_mut(packet) {
             packet.sealed = true;
         }
         self.leave(bench);
         true
-    }
-
-    fn packet(&mut self, number: u64) -> Option<&mut Packet> {
-        self.packets.get_mut(usize::try_from(number.checked_sub(self.first)?).ok()?)
     }
 
     /// A frame no longer lies in a bench.
@@ -678,115 +400,13 @@ impl Transmit {
         if let Some(bench) = bench {
             self.leave(bench);
         }
-        if let Some(packet) = packet.and_then(|number| self.packet(number)) {
+        if let Some(packet) = packet.and_then(|number| self.packets.get_mut(number)) {
             packet.frames = packet.frames.saturating_sub(1);
         }
     }
 
     /// Gives packets that have left back to the guest. Returns the head of the ring, if it has moved.
     pub(super) fn write_back(&mut self, ring: &Ring, memory: &GuestMemory) -> Option<u32> {
-        let mut head = None;
-        while let Some(packet) = self.packets.front() {
-            if packet.frames > 0 || !packet.sealed {
-                break;
-            }
-            let Packet { first, descriptors, reports, .. } = *packet;
-            self.packets.pop_front();
-            self.first += 1;
-            let mut index = first;
-            for left in (0..descriptors).rev() {
-                let reports = if left == 0 {
-                    reports.last
-                } else {
-                    reports.others && self.asks_for_report(ring, index, memory)
-                };
-                if reports {
-                    let status = Gpa(ring.address(index).wrapping_add(descriptors::STATUS));
-                    // A ring that is not there any more is not written to.
-                    let _ = memory.write(status, &[txd::DD]);
-                }
-                index = ring.next(index);
-            }
-            if reports.last || reports.others {
-                let later = reports.later && !reports.others;
-                self.tally.report_later |= later;
-                self.tally.report_now |= !later;
-            }
-            head = Some(index);
-        }
-        head
+        self.packets.write_back(ring, memory, &mut self.tally)
     }
-
-    /// Whether a descriptor says that it is to be written back. It may have changed since; that only
-    /// concerns who has changed it.
-    fn asks_for_report(&self, ring: &Ring, index: u32, memory: &GuestMemory) -> bool {
-        let raw = memory.read_obj::<Raw>(Gpa(ring.address(index)));
-        raw.is_ok_and(|raw| raw.command() & txd::RS != 0)
-    }
-}
-
-/// The same of a frame that has got a tag.
-fn shifted(mut offload: Offload) -> Offload {
-    if let Checksum::Partial { start, .. } = &mut offload.checksum {
-        *start += TAG as u16;
-    }
-    if let Some(segments) = &mut offload.segments {
-        segments.header_len += TAG as u16;
-    }
-    offload
-}
-
-/// Makes the headers of a packet that is to be cut what they would be if there were such long
-/// packets. Drivers leave IP's length out, and TCP's or UDP's in the sum of the pseudo-header, as the
-/// NIC puts each segment's there; a network wants them all.
-fn complete(headers: &mut [u8], len: usize, context: &Context, takes: Offloads) -> Option<Offload> {
-    let (ip, transport) = (usize::from(context.ip_start), usize::from(context.transport_start));
-    let (tcp, v4) = (context.tucmd() & txd::TUCMD_TCP != 0, context.tucmd() & txd::TUCMD_IP != 0);
-    if ip < ETHERNET_HEADER {
-        return None;
-    }
-    let ip_len = u16::try_from(len.checked_sub(ip)?).ok()?;
-    let version = *headers.get(ip)? >> 4;
-    if v4 {
-        let header_len = usize::from(*headers.get(ip)? & 0xf) * 4;
-        if version != 4 || header_len < 20 || transport != ip + header_len {
-            return None;
-        }
-        put(headers, ip + 2, ip_len)?;
-        put(headers, ip + 10, 0)?;
-        insert(headers, ip, ip + 10, transport)?;
-    } else {
-        if version != 6 || transport < ip + 40 {
-            return None;
-        }
-        put(headers, ip + 4, ip_len.checked_sub(40)?)?;
-    }
-    let (transport_len, offset) =
-        if tcp { (usize::from(*headers.get(transport + 12)? >> 4) * 4, 16) } else { (8, 6) };
-    if tcp && transport_len < 20 || transport + transport_len != headers.len() {
-        return None;
-    }
-    let segment_len = u16::try_from(len - transport).ok()?;
-    let place = transport + offset;
-    if !tcp {
-        put(headers, transport + 4, segment_len)?;
-    }
-    let seed = fold(word(get(headers, place)?) + word(segment_len));
-    put(headers, place, seed)?;
-    let size = context.segment_size;
-    let kind = match (tcp, v4) {
-        (false, _) => Segmentation::Udp,
-        (true, true) => Segmentation::Tcp4,
-        (true, false) => Segmentation::Tcp6,
-    };
-    // CWR
-    let ecn = tcp && *headers.get(transport + 13)? & 0x80 != 0;
-    let segments = (len - headers.len() > usize::from(size)).then_some(Segments {
-        kind,
-        ecn: ecn && takes.contains(Offloads::TSO_ECN),
-        size,
-        header_len: headers.len() as u16,
-    });
-    let checksum = Checksum::Partial { start: transport as u16, offset: offset as u16 };
-    Some(Offload { checksum, segments })
 }
