@@ -13,13 +13,14 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
+use backends::net::checksum::get;
 use backends::net::offload::Checksum;
 use backends::net::segments::Segmenter;
 use backends::net::{MAX_FRAME, MacAddr, Offload};
 use hypervisor::{Gpa, GuestMemory};
 
 use super::bits::{rctl, rxcsum, rxd};
-use super::checksum::{ADDRESSES, Checksums, TAG, get};
+use super::checksum::{ADDRESSES, Checksums, TAG};
 use super::descriptors::{self, Received};
 use super::filter::{CHECK_SEQUENCE, Settings};
 use super::registers::Ring;

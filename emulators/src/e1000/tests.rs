@@ -3,6 +3,7 @@
 use std::sync::Condvar;
 use std::sync::atomic::AtomicU32;
 
+use backends::net::checksum;
 use backends::net::offload::Offloads;
 use backends::net::switch::{Port, PortOptions, Switch, SwitchOptions};
 use backends::net::{Link, Queue, QueueConfig};
@@ -11,7 +12,7 @@ use hypervisor::Gpa;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::bits::{cause, ctrl, rctl, reg, rxcsum, rxd, status, tctl, txd};
-use super::checksum::{self, Checksums};
+use super::checksum::Checksums;
 use super::descriptors::{Context, Data, Received};
 use super::*;
 use crate::pci::COMMAND_BUS_MASTER;

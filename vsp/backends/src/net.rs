@@ -41,6 +41,7 @@ pub use crate::block::Buffer;
 use crate::uring::{Cqe, Tag, Uring};
 
 pub mod capture;
+pub mod checksum;
 pub mod fuzzing;
 pub mod loopback;
 pub mod offload;

@@ -5,11 +5,12 @@
 //! [`Front`]), so that payload goes out from where it lies. Only for what neither can do is the whole
 //! frame copied and finished.
 
+use backends::net::checksum::{fold, get, put, word};
 use backends::net::offload::{Checksum, Segmentation, Segments};
 use backends::net::{ETHERNET_HEADER, Offload, Offloads};
 
 use super::super::bits::txd;
-use super::super::checksum::{ADDRESSES, TAG, fold, get, insert, put, word};
+use super::super::checksum::{ADDRESSES, TAG, insert};
 use super::super::descriptors::Context;
 
 /// The longest headers that are understood; a context cannot say more.
@@ -204,7 +205,8 @@ fn complete(headers: &mut [u8], len: usize, context: &Context, takes: Offloads) 
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::checksum::sum;
+    use backends::net::checksum::sum;
+
     use super::*;
 
     const PLAIN: Work = Work { ip: None, transport: None, cut: None };

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::checksum::{fold, get, put, sum, word};
 use super::offload::{Checksum, Segmentation};
 use super::{Dropped, ETHERNET_HEADER, Offload};
 
@@ -162,13 +163,13 @@ impl Segmenter {
         let end = match &mut self.work {
             Work::Nothing => self.frame_len,
             Work::Checksum { start, place } => {
-                let sum = sum(headers.get(*start..)?, 0);
                 let rest = frame.get(self.headers_len..)?;
-                let sum = match (self.headers_len - *start) % 2 {
-                    0 => self::sum(rest, sum),
-                    _ => sum_odd(rest, sum),
+                let rest = match (self.headers_len - *start) % 2 {
+                    0 => sum(rest),
+                    _ => sum_odd(rest),
                 };
-                put16(headers, *place, checksum(sum))?;
+                let sum = sum(headers.get(*start..)?) + rest;
+                put(headers, *place, checksum(sum))?;
                 self.frame_len
             }
             Work::Cut(cut) => {
@@ -195,15 +196,15 @@ impl Cut {
         let transport_len = u16::try_from(headers.len() - self.transport + payload.len()).ok()?;
         let (ip, transport) = (self.ip, self.transport);
         let addresses = if self.v4 {
-            put16(headers, ip + 2, ip_len)?;
-            let id = get16(original, ip + 4)?.wrapping_add(self.count as u16);
-            put16(headers, ip + 4, id)?;
-            put16(headers, ip + 10, 0)?;
-            let sum = sum(headers.get(ip..transport)?, 0);
-            put16(headers, ip + 10, !fold(sum))?;
+            put(headers, ip + 2, ip_len)?;
+            let id = get(original, ip + 4)?.wrapping_add(self.count as u16);
+            put(headers, ip + 4, id)?;
+            put(headers, ip + 10, 0)?;
+            let sum = sum(headers.get(ip..transport)?);
+            put(headers, ip + 10, !fold(sum))?;
             ip + 12..ip + 20
         } else {
-            put16(headers, ip + 4, ip_len - 40)?;
+            put(headers, ip + 4, ip_len - 40)?;
             ip + 8..ip + 40
         };
         let place = if self.tcp {
@@ -222,74 +223,34 @@ impl Cut {
             *headers.get_mut(transport + 13)? = flags;
             transport + 16
         } else {
-            put16(headers, transport + 4, transport_len)?;
+            put(headers, transport + 4, transport_len)?;
             transport + 6
         };
-        put16(headers, place, 0)?;
+        put(headers, place, 0)?;
         let protocol = if self.tcp { TCP } else { UDP };
-        let pseudo = sum(headers.get(addresses)?, 0)
-            + u64::from(be(protocol.into()))
-            + u64::from(be(transport_len));
-        let sum = sum(payload, sum(headers.get(transport..)?, pseudo));
-        put16(headers, place, checksum(sum))
+        let pseudo = sum(headers.get(addresses)?) + word(protocol.into()) + word(transport_len);
+        let sum = pseudo + sum(headers.get(transport..)?) + sum(payload);
+        put(headers, place, checksum(sum))
     }
 }
 
 /// Where the IP header of a frame starts, and its Ethernet type.
 fn network_layer(frame: &[u8]) -> Option<(usize, u16)> {
     let mut at = 12;
-    let mut kind = get16(frame, at)?;
+    let mut kind = get(frame, at)?;
     for _ in 0..2 {
         if !VLAN.contains(&kind) {
             break;
         }
         at += 4;
-        kind = get16(frame, at)?;
+        kind = get(frame, at)?;
     }
     Some((at + 2, kind))
 }
 
-fn get16(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
-}
-
-fn put16(bytes: &mut [u8], at: usize, value: u16) -> Option<()> {
-    bytes.get_mut(at..at + 2)?.copy_from_slice(&value.to_be_bytes());
-    Some(())
-}
-
-/// A big-endian word as [`sum`] would read it.
-const fn be(value: u16) -> u16 {
-    value.to_be()
-}
-
-/// Adds 16-bit words in the byte order of this machine, which the one's complement sum allows (RFC
-/// 1071), four of them at a time. An odd last byte counts as if a zero followed.
-fn sum(bytes: &[u8], sum: u64) -> u64 {
-    let (chunks, rest) = bytes.as_chunks::<8>();
-    let mut sum = sum;
-    for chunk in chunks {
-        let word = u64::from_ne_bytes(*chunk);
-        sum += (word >> 32) + (word & 0xffff_ffff);
-    }
-    let mut last = [0; 8];
-    last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
-    let word = u64::from_ne_bytes(last);
-    sum + (word >> 32) + (word & 0xffff_ffff)
-}
-
 /// As [`sum`], of bytes that follow an odd number of others.
-fn sum_odd(bytes: &[u8], before: u64) -> u64 {
-    before + u64::from(fold(sum(bytes, 0)).to_be().swap_bytes())
-}
-
-/// The sum as a big-endian number.
-fn fold(sum: u64) -> u16 {
-    let mut sum = sum;
-    while sum > 0xffff {
-        sum = (sum >> 16) + (sum & 0xffff);
-    }
-    u16::from_be(sum as u16)
+fn sum_odd(bytes: &[u8]) -> u64 {
+    word(fold(sum(bytes)).swap_bytes())
 }
 
 /// What goes into a TCP or UDP header; there, 0 would mean that there is none.
@@ -381,18 +342,18 @@ mod tests {
         let Packet { ip, transport, v4, tcp, .. } = *packet;
         let rest = (bytes.len() - transport) as u16;
         let addresses = if v4 {
-            assert_eq!(usize::from(get16(bytes, ip + 2).unwrap()), bytes.len() - ip);
+            assert_eq!(usize::from(get(bytes, ip + 2).unwrap()), bytes.len() - ip);
             assert_eq!(plain_sum(bytes[ip..transport].iter().copied()), 0xffff);
             &bytes[ip + 12..ip + 20]
         } else {
-            assert_eq!(get16(bytes, ip + 4), Some(rest));
+            assert_eq!(get(bytes, ip + 4), Some(rest));
             &bytes[ip + 8..ip + 40]
         };
         let pseudo = [0, if tcp { TCP } else { UDP }].into_iter().chain(rest.to_be_bytes());
         let all = addresses.iter().copied().chain(pseudo).chain(bytes[transport..].iter().copied());
         assert_eq!(plain_sum(all), 0xffff);
         if !tcp {
-            assert_eq!(get16(bytes, transport + 4), Some(rest));
+            assert_eq!(get(bytes, transport + 4), Some(rest));
         }
     }
 
@@ -423,7 +384,7 @@ mod tests {
                     prop_assert_eq!(bytes[at + 13], 0x10 | cwr | end);
                 }
                 if v4 {
-                    let id = get16(&bytes, packet.ip + 4).unwrap();
+                    let id = get(&bytes, packet.ip + 4).unwrap();
                     prop_assert_eq!(id, 0xfffeu16.wrapping_add(count as u16));
                 }
                 carried.extend_from_slice(&bytes[headers..]);
@@ -450,7 +411,7 @@ mod tests {
                 0 => 0xffff,
                 sum => sum,
             };
-            put16(&mut expected, place, sum);
+            put(&mut expected, place, sum);
             prop_assert_eq!(bytes, expected);
         }
 
