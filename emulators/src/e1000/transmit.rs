@@ -28,7 +28,7 @@ use super::checksum::TAG;
 use super::descriptors::Raw;
 use super::registers::Ring;
 use gather::Gathered;
-use headers::{Front, VlanTag, Work, shifted};
+use headers::{Front, VlanTag, Work};
 use packets::{Packet, Packets};
 
 /// Frames that can be under way to the network.
@@ -277,7 +277,7 @@ impl Transmit {
         }
         if let Some(tag) = tag {
             tag.insert(front, copied).ok_or(Malformed)?;
-            offload = shifted(offload);
+            offload = offload.shifted(TAG as u16);
             in_front += TAG;
             frame_len += TAG;
         }
@@ -331,7 +331,7 @@ impl Transmit {
         let mut offload = work.finish(frame).ok_or(Malformed)?;
         if let Some(tag) = tag {
             tag.insert_with_room(&mut bench.bytes).ok_or(Malformed)?;
-            offload = shifted(offload);
+            offload = offload.shifted(TAG as u16);
         }
         let (start, end) = (if tag.is_some() { 0 } else { TAG }, TAG + len);
         let frame = bench.bytes.get_mut(start..end).ok_or(Malformed)?;

@@ -5,7 +5,8 @@
 //! from there. Only where something in front of it has to change, a tag to be put in or lengths to
 //! be filled in before it is cut, its headers are copied ([`Front`]).
 
-use backends::net::offload::{Checksum, Segmentation, Segments};
+use backends::net::large::LargePacket;
+use backends::net::offload::Checksum;
 use backends::net::{Buffer, ETHERNET_HEADER, MAX_BUFFERS, Offload, Offloads};
 use thiserror::Error;
 use vmbus::rndis::{
@@ -225,12 +226,7 @@ fn place(
             place.copy_from_slice(&[a, b, c, d]);
         }
         copied += TAG;
-        if let Checksum::Partial { start, .. } = &mut offload.checksum {
-            *start += TAG as u16;
-        }
-        if let Some(segments) = &mut offload.segments {
-            segments.header_len += TAG as u16;
-        }
+        offload = offload.shifted(TAG as u16);
     }
     if copied > 0 {
         let bytes = front.0.get_mut(..copied).ok_or(Malformed::Length)?;
@@ -260,10 +256,8 @@ fn partial(checksum: TransmitChecksum) -> Option<Checksum> {
     (usize::from(start) > ETHERNET_HEADER).then_some(Checksum::Partial { start, offset })
 }
 
-/// Makes the headers of a packet that is to be cut what they would be if there were such long
-/// packets. NDIS leaves IP's length out, and with it its checksum, and TCP's part of the
-/// pseudo-header's sum; the kernel, as virtio, wants them all. Returns what is to be done, and
-/// how many bytes of headers there are.
+/// Makes the headers of a frame of `len` bytes that is to be cut what the network takes. Returns what
+/// is left to it, and how many bytes of headers there are.
 fn prepare_large(
     headers: &mut [u8],
     len: u32,
@@ -277,59 +271,15 @@ fn prepare_large(
         [0x81, 0x00] => ETHERNET_HEADER + TAG,
         _ => ETHERNET_HEADER,
     };
-    let tcp = usize::from(large.transport_offset());
-    let tcp_len = len.checked_sub(tcp as u32)?;
-    let ip_len = u16::try_from(len.checked_sub(ip as u32)?).ok()?;
-    let version = *headers.get(ip)? >> 4;
-    if large.is_ipv6() {
-        if version != 6 || tcp < ip + 40 {
-            return None;
-        }
-        let payload = ip_len.checked_sub(40)?;
-        headers.get_mut(ip + 4..ip + 6)?.copy_from_slice(&payload.to_be_bytes());
-    } else {
-        let header_len = usize::from(*headers.get(ip)? & 0xF) * 4;
-        if version != 4 || header_len < 20 || tcp != ip + header_len {
-            return None;
-        }
-        headers.get_mut(ip + 2..ip + 4)?.copy_from_slice(&ip_len.to_be_bytes());
-        headers.get_mut(ip + 10..ip + 12)?.fill(0);
-        let checksum = !fold(sum(headers.get(ip..tcp)?));
-        headers.get_mut(ip + 10..ip + 12)?.copy_from_slice(&checksum.to_be_bytes());
-    }
-    let [data_offset, flags] = *headers.get(tcp + 12..tcp + 14)? else { return None };
-    let tcp_header = usize::from(data_offset >> 4) * 4;
-    let header_len = tcp + tcp_header;
-    let payload = len.checked_sub(header_len as u32)?;
-    if tcp_header < 20 || header_len > headers.len() {
-        return None;
-    }
-    let place = headers.get_mut(tcp + 16..tcp + 18)?;
-    let seed = fold(sum(place) + tcp_len);
-    place.copy_from_slice(&seed.to_be_bytes());
-
-    let size = u16::try_from(large.segment_size()).ok().filter(|size| *size > 0)?;
-    let segments = (payload > u32::from(size)).then_some(Segments {
-        kind: if large.is_ipv6() { Segmentation::Tcp6 } else { Segmentation::Tcp4 },
-        // CWR
-        ecn: flags & 0x80 != 0 && limits.takes.contains(Offloads::TSO_ECN),
-        size,
-        header_len: header_len as u16,
-    });
-    let start = large.transport_offset();
-    Some((Offload { checksum: Checksum::Partial { start, offset: 16 }, segments }, header_len))
-}
-
-/// The sum of 16-bit words in network order, of at most a few hundred bytes.
-fn sum(bytes: &[u8]) -> u32 {
-    let (words, _) = bytes.as_chunks::<2>();
-    words.iter().map(|word| u32::from(u16::from_be_bytes(*word))).sum()
-}
-
-/// One's complement: what carries over is added again.
-fn fold(sum: u32) -> u16 {
-    let sum = (sum & 0xFFFF) + (sum >> 16);
-    ((sum & 0xFFFF) + (sum >> 16)) as u16
+    let packet = LargePacket {
+        len: len as usize,
+        ip,
+        transport: large.transport_offset().into(),
+        v4: !large.is_ipv6(),
+        tcp: true,
+        size: u16::try_from(large.segment_size()).ok()?,
+    };
+    packet.complete(headers, limits.takes)
 }
 
 #[cfg(test)]

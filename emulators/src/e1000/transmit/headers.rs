@@ -5,8 +5,9 @@
 //! [`Front`]), so that payload goes out from where it lies. Only for what neither can do is the whole
 //! frame copied and finished.
 
-use backends::net::checksum::{fold, get, put, word};
-use backends::net::offload::{Checksum, Segmentation, Segments};
+use backends::net::checksum::{get, put};
+use backends::net::large::LargePacket;
+use backends::net::offload::Checksum;
 use backends::net::{ETHERNET_HEADER, Offload, Offloads};
 
 use super::super::bits::txd;
@@ -137,75 +138,24 @@ impl VlanTag {
     }
 }
 
-/// The same of a frame that has got a tag.
-pub(super) fn shifted(mut offload: Offload) -> Offload {
-    if let Checksum::Partial { start, .. } = &mut offload.checksum {
-        *start += TAG as u16;
-    }
-    if let Some(segments) = &mut offload.segments {
-        segments.header_len += TAG as u16;
-    }
-    offload
-}
-
-/// Makes the headers of a packet that is to be cut what they would be if there were such long
-/// packets. Drivers leave IP's length out, and TCP's or UDP's in the sum of the pseudo-header, as the
-/// NIC puts each segment's there; a network wants them all.
+/// Completes the headers of a packet of `len` bytes that is to be cut.
 fn complete(headers: &mut [u8], len: usize, context: &Context, takes: Offloads) -> Option<Offload> {
-    let (ip, transport) = (usize::from(context.ip_start), usize::from(context.transport_start));
-    let (tcp, v4) = (context.tucmd() & txd::TUCMD_TCP != 0, context.tucmd() & txd::TUCMD_IP != 0);
-    if ip < ETHERNET_HEADER {
-        return None;
-    }
-    let ip_len = u16::try_from(len.checked_sub(ip)?).ok()?;
-    let version = *headers.get(ip)? >> 4;
-    if v4 {
-        let header_len = usize::from(*headers.get(ip)? & 0xf) * 4;
-        if version != 4 || header_len < 20 || transport != ip + header_len {
-            return None;
-        }
-        put(headers, ip + 2, ip_len)?;
-        put(headers, ip + 10, 0)?;
-        insert(headers, ip, ip + 10, transport)?;
-    } else {
-        if version != 6 || transport < ip + 40 {
-            return None;
-        }
-        put(headers, ip + 4, ip_len.checked_sub(40)?)?;
-    }
-    let (transport_len, offset) =
-        if tcp { (usize::from(*headers.get(transport + 12)? >> 4) * 4, 16) } else { (8, 6) };
-    if tcp && transport_len < 20 || transport + transport_len != headers.len() {
-        return None;
-    }
-    let segment_len = u16::try_from(len - transport).ok()?;
-    let place = transport + offset;
-    if !tcp {
-        put(headers, transport + 4, segment_len)?;
-    }
-    let seed = fold(word(get(headers, place)?) + word(segment_len));
-    put(headers, place, seed)?;
-    let size = context.segment_size;
-    let kind = match (tcp, v4) {
-        (false, _) => Segmentation::Udp,
-        (true, true) => Segmentation::Tcp4,
-        (true, false) => Segmentation::Tcp6,
+    let packet = LargePacket {
+        len,
+        ip: context.ip_start.into(),
+        transport: context.transport_start.into(),
+        v4: context.tucmd() & txd::TUCMD_IP != 0,
+        tcp: context.tucmd() & txd::TUCMD_TCP != 0,
+        size: context.segment_size,
     };
-    // CWR
-    let ecn = tcp && *headers.get(transport + 13)? & 0x80 != 0;
-    let segments = (len - headers.len() > usize::from(size)).then_some(Segments {
-        kind,
-        ecn: ecn && takes.contains(Offloads::TSO_ECN),
-        size,
-        header_len: headers.len() as u16,
-    });
-    let checksum = Checksum::Partial { start: transport as u16, offset: offset as u16 };
-    Some(Offload { checksum, segments })
+    let (offload, headers_len) = packet.complete(headers, takes)?;
+    // The context says how long they are, too.
+    (headers_len == headers.len()).then_some(offload)
 }
 
 #[cfg(test)]
 mod tests {
-    use backends::net::checksum::sum;
+    use backends::net::checksum::{fold, sum};
 
     use super::*;
 

@@ -171,6 +171,18 @@ impl Offload {
         };
         self.segments.is_none_or(|segments| partial && segments.size > 0)
     }
+
+    /// The same of the frame when `bytes` more are in its Ethernet header, such as a VLAN tag's.
+    #[must_use]
+    pub fn shifted(mut self, bytes: u16) -> Self {
+        if let Checksum::Partial { start, .. } = &mut self.checksum {
+            *start = start.saturating_add(bytes);
+        }
+        if let Some(segments) = &mut self.segments {
+            segments.header_len = segments.header_len.saturating_add(bytes);
+        }
+        self
+    }
 }
 
 /// The header in front of a frame on a tap with `IFF_VNET_HDR`: `struct virtio_net_hdr` of
@@ -300,6 +312,16 @@ mod tests {
         assert!(!Offload { segments: cut(1448), ..Offload::NONE }.fits(9000));
         assert!(Offload { segments: cut(1448), ..partial(34, 16) }.fits(9000));
         assert!(!Offload { segments: cut(0), ..partial(34, 16) }.fits(9000));
+    }
+
+    #[test]
+    fn a_tag_shifts_what_is_behind_it() {
+        let cut = |start, header_len| Offload {
+            checksum: Checksum::Partial { start, offset: 16 },
+            segments: Some(Segments { kind: Segmentation::Tcp4, ecn: false, size: 9, header_len }),
+        };
+        assert_eq!(cut(34, 54).shifted(4), cut(38, 58));
+        assert_eq!(Offload::NONE.shifted(4), Offload::NONE);
     }
 
     #[test]

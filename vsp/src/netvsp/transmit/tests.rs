@@ -1,3 +1,5 @@
+use backends::net::checksum::{fold, sum, word};
+use backends::net::offload::Segmentation;
 use hypervisor::{Gpa, GuestMemory};
 use proptest::prelude::*;
 use vmbus::packet::Segment;
@@ -139,7 +141,7 @@ fn large4(payload: usize) -> Vec<u8> {
     frame[34 + 12] = 0x80;
     frame[34 + 13] = 0x10;
     // The sum over addresses and protocol, without the length.
-    let seed = fold(sum(&[10, 0, 0, 1, 10, 0, 0, 2]) + 6);
+    let seed = fold(sum(&[10, 0, 0, 1, 10, 0, 0, 2]) + word(6));
     frame[34 + 16..34 + 18].copy_from_slice(&seed.to_be_bytes());
     frame
 }
@@ -159,7 +161,7 @@ fn headers_of_large_sends_are_completed() {
         assert_eq!(bytes[ip + 2..ip + 4], (20 + 32 + 5000u16).to_be_bytes());
         // A header with its checksum adds up to all ones.
         assert_eq!(fold(sum(&bytes[ip..tcp])), 0xFFFF);
-        let seed = fold(sum(&[10, 0, 0, 1, 10, 0, 0, 2]) + 6 + 5032);
+        let seed = fold(sum(&[10, 0, 0, 1, 10, 0, 0, 2]) + word(6 + 5032));
         assert_eq!(bytes[tcp + 16..tcp + 18], seed.to_be_bytes());
         assert_eq!(bytes[tcp + 18..], sent[34 + 18..]);
         let segments = outbound.offload.segments.unwrap();
