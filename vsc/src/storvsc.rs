@@ -57,7 +57,7 @@ use vmbus::ring::{PushError, RingError};
 use vmbus::vstor::{Operation, ScsiRequest, VstorPacket};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::table::{NotDue, Table};
+use crate::table::Table;
 use crate::{Channel, Counters, Doorbell};
 pub use command::{Command, Failure, Sense};
 pub use disk::{Disk, IdentifyError, Scratch};
@@ -129,15 +129,6 @@ pub enum Fault {
     /// There was a fault before.
     #[error("the channel has been given up")]
     Dead,
-}
-
-impl From<NotDue> for Fault {
-    fn from(answer: NotDue) -> Self {
-        match answer {
-            NotDue::Unknown(id) => Self::UnknownAnswer(id),
-            NotDue::Twice(id) => Self::AnsweredTwice(id),
-        }
-    }
 }
 
 /// Why a request was not put into the ring.
@@ -321,7 +312,8 @@ impl<M: RingMemory, D: Doorbell, const DEPTH: usize> Queue<M, D, DEPTH> {
             return Err(Fault::Operation(answer.operation.0));
         }
         let request: ScsiRequest = answer.body().ok_or(short)?;
-        let (slot, asked) = self.table.end(packet.transaction_id)?;
+        let (slot, asked) =
+            self.table.end(packet.transaction_id, Fault::UnknownAnswer, Fault::AnsweredTwice)?;
         let outcome = command::outcome(answer, &request);
         match outcome {
             Ok(claimed) if claimed > asked => Err(Fault::TooMuch { claimed, asked }),

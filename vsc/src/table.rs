@@ -4,15 +4,6 @@
 //! the upper. So an answer is to exactly one request, and one that comes twice, or never was
 //! asked for, is known as such.
 
-/// An answer that is due to nobody; both have its id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum NotDue {
-    /// It was not asked for.
-    Unknown(u64),
-    /// It has come before.
-    Twice(u64),
-}
-
 #[derive(Clone, Copy, Debug)]
 struct Entry<T> {
     /// Of the request in flight, or the last that was.
@@ -56,15 +47,23 @@ impl<T: Copy, const DEPTH: usize> Table<T, DEPTH> {
 
     /// The answer with this id has come. Returns the slot, which is free again, and what is known of
     /// the request.
+    ///
+    /// One that is due to nobody is what the caller calls it: `unknown` if it was not asked for,
+    /// `twice` if it has come before. Both are given the id.
     #[inline]
-    pub(crate) fn end(&mut self, id: u64) -> Result<(u16, T), NotDue> {
+    pub(crate) fn end<E>(
+        &mut self,
+        id: u64,
+        unknown: impl Fn(u64) -> E,
+        twice: impl Fn(u64) -> E,
+    ) -> Result<(u16, T), E> {
         let (generation, slot) = ((id >> 32) as u32, id as u32);
-        let slot = u16::try_from(slot).map_err(|_| NotDue::Unknown(id))?;
-        let entry = self.entries.get_mut(usize::from(slot)).ok_or(NotDue::Unknown(id))?;
+        let slot = u16::try_from(slot).map_err(|_| unknown(id))?;
+        let entry = self.entries.get_mut(usize::from(slot)).ok_or_else(|| unknown(id))?;
         if generation != entry.generation || generation == 0 {
-            return Err(NotDue::Unknown(id));
+            return Err(unknown(id));
         }
-        let load = entry.load.take().ok_or(NotDue::Twice(id))?;
+        let load = entry.load.take().ok_or_else(|| twice(id))?;
         self.in_flight -= 1;
         Ok((slot, load))
     }
@@ -79,21 +78,31 @@ fn next(generation: u32) -> u32 {
 mod tests {
     use super::*;
 
+    #[derive(Debug, PartialEq, Eq)]
+    enum NotDue {
+        Unknown(u64),
+        Twice(u64),
+    }
+
+    fn end(table: &mut Table<u32, 2>, id: u64) -> Result<(u16, u32), NotDue> {
+        table.end(id, NotDue::Unknown, NotDue::Twice)
+    }
+
     #[test]
     fn each_answer_is_to_one_request() {
         let mut table = Table::<u32, 2>::new();
         let first = table.next_id(1).unwrap();
-        assert_eq!(table.end(first), Err(NotDue::Unknown(first)));
+        assert_eq!(end(&mut table, first), Err(NotDue::Unknown(first)));
         table.begin(1, 10);
         assert_eq!(table.next_id(1), None);
-        assert_eq!(table.end(first), Ok((1, 10)));
-        assert_eq!(table.end(first), Err(NotDue::Twice(first)));
+        assert_eq!(end(&mut table, first), Ok((1, 10)));
+        assert_eq!(end(&mut table, first), Err(NotDue::Twice(first)));
         table.begin(1, 20);
         // An answer to the slot's request before is not one to this.
-        assert_eq!(table.end(first), Err(NotDue::Unknown(first)));
+        assert_eq!(end(&mut table, first), Err(NotDue::Unknown(first)));
         assert_eq!(table.in_flight(), 1);
         for id in [0, 1, 2, 1 << 32, u64::MAX, first | 1 << 31] {
-            assert_eq!(table.end(id), Err(NotDue::Unknown(id)));
+            assert_eq!(end(&mut table, id), Err(NotDue::Unknown(id)));
         }
         assert_eq!(table.next_id(2), None);
     }

@@ -4,8 +4,6 @@ use thiserror::Error;
 use vmbus::ring::{PushError, RingError};
 use vmbus::rndis;
 
-use crate::table::NotDue;
-
 /// The host does not keep to the protocol, or the ring is broken: the queue is dead.
 ///
 /// What was on its way may still be read, and the receive buffer written, until the channel is closed
@@ -84,15 +82,6 @@ pub enum Fault {
     /// There was a fault before.
     #[error("the channel has been given up")]
     Dead,
-}
-
-impl From<NotDue> for Fault {
-    fn from(answer: NotDue) -> Self {
-        match answer {
-            NotDue::Unknown(id) => Self::UnknownAnswer(id),
-            NotDue::Twice(id) => Self::AnsweredTwice(id),
-        }
-    }
 }
 
 /// Why a frame was not taken.

@@ -374,7 +374,7 @@ impl<B: SharedBuffer, const DEPTH: usize> Sends<B, DEPTH> {
             return Err(Fault::Message(message.kind.0));
         }
         let body: RndisPacketComplete = message.body().ok_or(Fault::Short(payload.len()))?;
-        let (slot, load) = self.table.end(id)?;
+        let (slot, load) = self.table.end(id, Fault::UnknownAnswer, Fault::AnsweredTwice)?;
         self.give_back(slot);
         let well = body.status == Status::Success;
         let ended = Ended { tag: None, frames: 0, well, control: false };
