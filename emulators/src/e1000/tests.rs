@@ -514,7 +514,7 @@ fn what_makes_no_sense_costs_itself() {
         a.descriptor(Data { address, lower, status: 0, options, special: 0 }.as_bytes());
     };
     // Outside memory, too short, too long, of no kind, to be cut without a context, to be summed
-    // where it is not.
+    // where it is not, to be cut with headers of no length.
     bad(&mut a, 2 << 20, 60, 0, 0);
     bad(&mut a, u64::MAX - 10, 60, 0, 0);
     bad(&mut a, FRAMES.into(), 13, 0, 0);
@@ -526,8 +526,13 @@ fn what_makes_no_sense_costs_itself() {
     bad(&mut a, FRAMES.into(), 60, 0, txd::POPTS_TXSM);
     let lower = 60 | 7 << 20 | u32::from(txd::EOP | txd::RS | txd::DEXT) << 24;
     a.descriptor(&[u64::from(FRAMES), lower.into()].map(u64::to_le_bytes).concat());
+    let (_, mut context) = packet(true, true, 100, true);
+    (context.header_len, context.segment_size) = (0, 10);
+    a.descriptor(context.as_bytes());
+    bad(&mut a, FRAMES.into(), 60, txd::TSE, 0);
     a.send();
-    a.wait(|a| a.counter("malformed") == 7);
+    a.wait(|a| a.counter("malformed") == 8);
+    assert_eq!(a.counter("sent"), 0);
 
     // A receive buffer outside memory costs the frame that was to lie there.
     b.memory.write_obj(Gpa(RECEIVE.into()), &(2_u64 << 20)).unwrap();

@@ -269,12 +269,9 @@ impl Transmit {
         let (mut offload, copied) = plan;
         let (mut in_front, mut frame_len) = (copied, self.gathered.len);
         let front = self.fronts.get_mut(usize::from(slot)).ok_or(Malformed)?;
-        if copied > 0 {
-            let headers = front.get_mut(copied).ok_or(Malformed)?;
-            self.gathered.read(0, headers, memory)?;
-            let changed = work.change(headers, frame_len, offload, limits.takes);
-            offload = changed.ok_or(Malformed)?;
-        }
+        let headers = front.get_mut(copied).ok_or(Malformed)?;
+        self.gathered.read(0, headers, memory)?;
+        offload = work.change(headers, frame_len, offload, limits.takes).ok_or(Malformed)?;
         if let Some(tag) = tag {
             tag.insert(front, copied).ok_or(Malformed)?;
             offload = offload.shifted(TAG as u16);
