@@ -36,7 +36,8 @@ mod tsc;
 
 /// L1's kernel command line. KVM calls a guest's reference TSC page valid only where L1's own clock is the TSC, so
 /// L1 must trust the emulated one.
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc mitigations=off";
+const COMMAND_LINE: &str =
+    "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc mitigations=off";
 
 /// L1's processor: all that TCG can emulate, without XSAVE and what builds on it. TCG does not
 /// intercept XSETBV, so KVM would not hear which states a guest enables and tell it a wrong size of

@@ -126,9 +126,9 @@ pub(super) struct StreamQueue {
     counters: Counters,
 }
 
-/// How long the frame that begins with `bytes` is without its padding, which a stream has no use for. passt
-/// as Debian 12 has it drops a frame that is longer than the packet of IP in it: all that a guest acknowledges
-/// through an e1000.
+/// How long the frame that begins with `bytes` is without its padding, which a stream has no use
+/// for. passt as Debian 12 has it drops a frame that is longer than the packet of IP in it: all that
+/// a guest acknowledges through an e1000.
 fn unpadded(bytes: &[u8; SHORTEST], len: u32) -> u32 {
     let packet = match bytes[12..20] {
         // The packet's length, and that of what follows its header.
