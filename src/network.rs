@@ -49,6 +49,8 @@ pub enum Plugged {
 pub struct Networks {
     /// Of the NICs, in order.
     pub cables: Vec<Plugged>,
+    /// By name.
+    pub switches: Vec<Switch>,
     /// Are unplugged with this.
     _uplinks: Vec<Uplink>,
 }
@@ -76,7 +78,9 @@ pub fn plug(nics: &[NicOption], switches: &[SwitchOption], vps: u32) -> anyhow::
             uplinks.push(uplink);
         }
     }
-    Ok(Networks { cables, _uplinks: uplinks })
+    let mut switches: Vec<_> = made.into_values().collect();
+    switches.sort_by(|one, other| one.name().cmp(other.name()));
+    Ok(Networks { cables, switches, _uplinks: uplinks })
 }
 
 /// Plugs an uplink in. A tap that is made for it has the switch's MTU, if one was said.

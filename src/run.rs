@@ -238,7 +238,8 @@ impl Run {
             let host = Host::new(machine.memory().clone(), machine.synic(), config.vps, devices)
                 .context("cannot start the VMBus")?;
             let sink = host.sink();
-            let statistics = Arc::new(Statistics::new(&machine, host, nic_counters));
+            let switches = networks.switches.clone();
+            let statistics = Arc::new(Statistics::new(&machine, host, nic_counters, switches));
             console.attach(&machine, &statistics);
             let reason = machine.run(&sink);
             let status = machine.exit_status();

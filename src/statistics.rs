@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use backends::net::switch::Switch;
 use emulators::{E1000Counters, IdeCounters, InterruptChips};
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{Bus, ExitCounters};
@@ -22,6 +23,7 @@ pub struct Statistics {
     chips: Option<Arc<InterruptChips>>,
     ide: Option<IdeCounters>,
     nics: Vec<NicStatistics>,
+    switches: Vec<Switch>,
     started: Instant,
 }
 
@@ -34,8 +36,13 @@ pub enum NicStatistics {
 }
 
 impl Statistics {
-    /// Those of a machine that is about to run, with its bus and its NICs.
-    pub fn new(machine: &Machine, host: Host, nics: Vec<NicStatistics>) -> Self {
+    /// Those of a machine that is about to run, with its bus, its NICs and the switches they are on.
+    pub fn new(
+        machine: &Machine,
+        host: Host,
+        nics: Vec<NicStatistics>,
+        switches: Vec<Switch>,
+    ) -> Self {
         let (ports, mmio) = machine.buses();
         Self {
             host,
@@ -46,6 +53,7 @@ impl Statistics {
             chips: machine.interrupt_chips(),
             ide: machine.ide_counters(),
             nics,
+            switches,
             started: Instant::now(),
         }
     }
@@ -102,6 +110,20 @@ impl Statistics {
             };
             for (index, values) in channels.into_iter().enumerate() {
                 report += &format!("stats: nic{number}.{index}: {values}\n");
+            }
+        }
+        for switch in &self.switches {
+            for (port, counters) in switch.statistics() {
+                let values = [
+                    ("sent", counters.sent),
+                    ("sent bytes", counters.sent_bytes),
+                    ("send drops", counters.send_drops),
+                    ("received", counters.received),
+                    ("received bytes", counters.received_bytes),
+                    ("receive drops", counters.receive_drops),
+                ];
+                let (name, values) = (switch.name(), list(&values));
+                report += &format!("stats: switch {name} port {port}: {values}\n");
             }
         }
         if let Some((own, files)) = resident() {

@@ -3,7 +3,7 @@
 # captured.
 . "$(dirname "$0")/lib.sh"
 
-guest cloud "$here/$name.guest.sh" --memory 512M \
+guest cloud "$here/$name.guest.sh" --memory 512M --stats \
     --nic backend=switch:lan,mac=52:54:00:00:00:01,pcap="$work/first.pcapng" \
     --nic backend=switch:lan,mac=52:54:00:00:00:02 \
     --nic backend=switch:lan,vlan=7,mac=52:54:00:00:00:03
@@ -12,3 +12,6 @@ healthy
 [ "$(head -c 12 first.pcapng | od -An -tx4 | tr -d ' \n' | cut -c1-8)" = 0a0d0d0a ] ||
     fail 'the capture does not begin as pcapng does'
 [ "$(stat -c %s first.pcapng)" -gt 4000000 ] || fail 'the capture is too short'
+# What the third sent reached nobody.
+grep '^stats: switch lan port 0: sent [1-9].* received [1-9]' partita.log || fail 'nothing went through port 0'
+grep '^stats: switch lan port 2: .* received 0' partita.log || fail 'something reached port 2'

@@ -172,6 +172,8 @@ fn what_a_switch_does_not_forward() {
     assert_eq!(b.take(), vec![longest]);
     let Counters { sent, send_drops, .. } = ports[0].statistics();
     assert_eq!((sent, send_drops), (1, 6));
+    let all = ports.iter().map(|port| (port.number(), port.statistics())).collect::<Vec<_>>();
+    assert_eq!((switch.statistics(), all[1].1.received), (all, 1));
 }
 
 #[test]

@@ -226,6 +226,18 @@ impl Switch {
         drop(table);
         Ok(Port { switch: Arc::clone(&self.shared), shared })
     }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.shared.options.name
+    }
+
+    /// Each port's number and statistics; see [`Port::statistics`].
+    pub fn statistics(&self) -> Vec<(usize, Counters)> {
+        let table = self.shared.table();
+        let ports = table.ports.iter().enumerate();
+        ports.filter_map(|(number, _)| Some((number, table.statistics(number)?))).collect()
+    }
 }
 
 impl Shared {
@@ -274,6 +286,15 @@ impl Table {
     fn inboxes(&self, entry: &Entry) -> &[Arc<Inbox>] {
         self.inboxes.get(entry.first..entry.first + entry.count).unwrap_or_default()
     }
+
+    /// Of a port, if there is one of this number.
+    fn statistics(&self, number: usize) -> Option<Counters> {
+        let entry = self.entry(number)?;
+        let closed = entry.port.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sum = *closed;
+        self.inboxes(entry).iter().for_each(|inbox| sum.add(&inbox.counters()));
+        Some(sum)
+    }
 }
 
 impl PortShared {
@@ -307,12 +328,7 @@ impl Port {
     /// What has gone through it, from the NIC's side. Frames that came for it and found no room are
     /// among the drops.
     pub fn statistics(&self) -> Counters {
-        let table = self.switch.table();
-        let mut sum = *self.shared.closed.lock().unwrap_or_else(PoisonError::into_inner);
-        for inbox in table.entry(self.number()).map_or(&[][..], |entry| table.inboxes(entry)) {
-            sum.add(&inbox.counters());
-        }
-        sum
+        self.switch.table().statistics(self.number()).unwrap_or_default()
     }
 }
 
