@@ -533,6 +533,19 @@ fn stopping_ends_the_worker_after_its_io() {
     assert!(guest.is_closed());
 }
 
+/// Also in the very turn in which the worker has heard another ring of its doorbell.
+#[test]
+fn a_stop_is_heard_whenever_it_comes() {
+    let (_, disk) = ram(MIB);
+    for pause in 0..400 {
+        let mut guest = Guest::new(vec![Arc::clone(&disk)]);
+        guest.send(0, &rw10(0x28, 0, 1), DataDirection::Read, &[(0x10_0000, 512)]);
+        (0..pause * 10).for_each(|_| std::hint::spin_loop());
+        guest.end.request_stop();
+        assert!(guest.is_closed(), "after a pause of {pause}");
+    }
+}
+
 #[test]
 fn a_lent_thread_takes_all_packets_before_it_sleeps() {
     let gate = Arc::new(Gate::new().unwrap());

@@ -460,6 +460,18 @@ fn frames_wait_for_descriptors() {
     }
 }
 
+/// Also in the very turn in which its worker has heard another ring of its doorbell.
+#[test]
+fn a_nic_goes_whenever_it_has_to() {
+    for pause in 0..400 {
+        let (mut a, b, _) = pair();
+        a.queue(&frame(2, 1, 60), 2000, 0, 0, 0);
+        a.send();
+        (0..pause * 10).for_each(|_| std::hint::spin_loop());
+        drop((a, b));
+    }
+}
+
 #[test]
 fn interrupts_come_and_go_with_their_causes() {
     let (mut a, mut b, _) = pair();

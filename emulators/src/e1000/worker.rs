@@ -100,7 +100,8 @@ impl Worker {
             if stopping && self.queue.in_flight() == 0 {
                 return Ok(());
             }
-            if progress == 0 {
+            // The doorbell that told of the stop may have been heard in this turn.
+            if progress == 0 && stopping == self.shared.stop.load(Ordering::Acquire) {
                 self.sleep(stopping)?;
             }
         }

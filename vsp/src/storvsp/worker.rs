@@ -258,6 +258,10 @@ impl Worker {
 
     /// Sleeps until the guest signals, a disk is done, or the channel is to be closed.
     fn sleep(&mut self, stopping: bool) -> Result<(), Fault> {
+        // The doorbell that told of the stop may have been heard in this turn.
+        if stopping != self.channel.stop_requested() {
+            return Ok(());
+        }
         // Room that was read is given back before sleeping at the latest.
         if self.channel.incoming.publish() {
             self.channel.signal();

@@ -395,6 +395,18 @@ fn stopping_ends_the_worker_and_its_frames() {
     assert!(guest.end.wait_closed(PATIENCE));
 }
 
+/// Also in the very turn in which the worker has heard another ring of its doorbell.
+#[test]
+fn a_stop_is_heard_whenever_it_comes() {
+    for pause in 0..400 {
+        let mut guest = Guest::new();
+        guest.send(None, &[&data(&[], &frame(ME, 100, 0))]);
+        (0..pause * 10).for_each(|_| std::hint::spin_loop());
+        guest.end.request_stop();
+        assert!(guest.end.wait_closed(PATIENCE), "after a pause of {pause}");
+    }
+}
+
 #[test]
 fn a_broken_ring_costs_the_channel() {
     let mut guest = Guest::new();

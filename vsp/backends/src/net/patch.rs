@@ -180,7 +180,9 @@ impl Patch<'_> {
             if self.closing && idle {
                 return Ok(());
             }
+            // The stop may have been heard in this turn, and its eventfd wakes nobody twice.
             if handed == 0
+                && (self.closing || !self.stop.get_ref().is_requested())
                 && self.port.queue.prepare_to_sleep()
                 && self.far.queue.prepare_to_sleep()
             {
