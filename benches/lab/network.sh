@@ -72,7 +72,8 @@ job() {
         result="ms=$result packets=200"
         ;;
     *)
-        result=$(iperf3 -c "$address" -i 0 -f m -t "$seconds" "$@" |
+        # One that does not end counts as nothing.
+        result=$(timeout $((seconds + 20)) iperf3 -c "$address" -i 0 -f m -t "$seconds" "$@" |
             sed -n 's,.* \([0-9.]*\) Mbits/sec.*receiver.*,\1,p' | tail -1)
         result=$(awk -v rate="${result:-0}" -v bytes="$bytes" -v seconds="$seconds" \
             'BEGIN { printf "mbits=%s packets=%d", rate, rate * 125000 * seconds / bytes }')
