@@ -432,7 +432,8 @@ mod tests {
         let six = frame([0x86, 0xdd, 0x60, 0, 0, 0, 0, 0]);
         assert_eq!((unpadded(&six, 60), unpadded(&six, 54)), (54, 54));
         assert_eq!(unpadded(&frame([8, 6, 0, 1, 8, 0, 6, 4]), 60), 60);
-        // What makes no sense is as long as it was.
+        // One that says to be longer than it is stays as it is. One that says to have nothing is its
+        // receiver's to refuse.
         assert_eq!(unpadded(&frame([8, 0, 0x45, 0, 0xff, 0xff, 0, 0]), 60), 60);
         assert_eq!(unpadded(&frame([8, 0, 0x45, 0, 0, 0, 0, 0]), 60), 14);
     }
