@@ -18,7 +18,7 @@ ours() {
         --cmdline "$cmdline" --nic "backend=tap:$tap,queues=1$2"
 }
 qemu() {
-    exec qemu-system-x86_64 -M q35 -enable-kvm -cpu host -m 640 -smp 1 -nodefaults -display none -no-reboot \
+    exec qemu-system-x86_64 -M q35 -enable-kvm -cpu host -m 640 -smp 1 -name guest,debug-threads=on -nodefaults -display none -no-reboot \
         -kernel "/lab/$1/vmlinuz" -initrd initrd -append "$cmdline" -serial stdio \
         -netdev "tap,id=n,ifname=$tap,script=no,downscript=no,vhost=$2" \
         -device "$3,netdev=n,romfile="
@@ -44,6 +44,20 @@ start() {
     cat "$1.console" "$1.log" >&2
     echo "$1: its guest does not answer a ping" >&2
     exit 1
+}
+
+# pin VMM: its guest's processor gets L1's first core, and all that serves it the second, beside iperf3. Left to
+# the scheduler, which of the three share a core differs from boot to boot, and that by more than VMMs do.
+pin() {
+    eval "pid=\$pid_$1"
+    for task in "/proc/$pid/task"/* $(grep -lx "vhost-$pid" /proc/[0-9]*/comm); do
+        core=1
+        case $task in
+        */comm) task=${task%/comm} ;;
+        *) case $(cat "$task/comm") in vp0 | 'CPU 0/KVM') core=0 ;; esac ;;
+        esac
+        taskset -c -p "$core" "${task##*/}" >/dev/null
+    done
 }
 
 # of VMM NAME: a counter of KVM for this guest.
@@ -73,7 +87,7 @@ job() {
         ;;
     *)
         # One that does not end counts as nothing.
-        result=$(timeout $((seconds + 20)) iperf3 -c "$address" -i 0 -f m -t "$seconds" "$@" |
+        result=$(timeout $((seconds + 20)) ${UNPINNED:-taskset -c 1} iperf3 -c "$address" -i 0 -f m -t "$seconds" "$@" |
             sed -n 's,.* \([0-9.]*\) Mbits/sec.*receiver.*,\1,p' | tail -1)
         result=$(awk -v rate="${result:-0}" -v bytes="$bytes" -v seconds="$seconds" \
             'BEGIN { printf "mbits=%s packets=%d", rate, rate * 125000 * seconds / bytes }')
@@ -89,6 +103,7 @@ subnet=0
 for vmm in $vmms; do
     subnet=$((subnet + 1))
     start "$vmm" "$subnet"
+    [ -n "${UNPINNED:-}" ] || pin "$vmm"
 done
 for _ in $(seq "$rounds"); do
     for vmm in $vmms; do job "$vmm" tcp-out 1448 -R; done
