@@ -14,8 +14,9 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::control::MAX_PACKETS;
 use super::steering::{HashTypes, Spread};
 
-/// The largest packet that may be left to be cut, in bytes; Hyper-V's number.
-const LARGE_SEND_MAX: u32 = 62780;
+/// The most TCP payload that may be left to be cut, in bytes: what the longest IPv4 packet has beside its
+/// header and TCP's with all options. To the network, a large send costs hardly more than a small one.
+const LARGE_SEND_MAX: u32 = 65535 - 20 - 60;
 
 /// What a network has to leave to us for frames to be coalesced.
 pub(super) const COALESCING: Offloads =

@@ -110,7 +110,9 @@ impl Sends {
             _ => Ok(GpaRanges::EMPTY),
         };
         let Ok(ranges) = ranges else { return false };
-        self.segments.extend(ranges.flat_map(|range| range.segments()));
+        for segment in ranges.flat_map(|range| range.segments()) {
+            append(&mut self.segments, segment);
+        }
         true
     }
 
@@ -195,5 +197,54 @@ impl Sends {
             self.free_packets.push(index);
         }
         Some((len, end))
+    }
+}
+
+/// Adds a stretch, to the one before if it goes on where that ends: Linux names each page by a range of
+/// its own, though most of a large frame's are neighbours, and each piece costs on its way to the network.
+fn append(segments: &mut Vec<Segment>, next: Segment) {
+    if let Some(last) = segments.last_mut()
+        && last.gpa.checked_add(last.len.into()) == Some(next.gpa)
+        && let Some(len) = last.len.checked_add(next.len)
+    {
+        last.len = len;
+    } else {
+        segments.push(next);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_one_stretch() {
+        let segment = |gpa, len| Segment { gpa, len };
+        let mut segments = Vec::new();
+        for (gpa, len) in [
+            (0x1F80, 0x80),
+            (0x2000, 0x1000),
+            (0x3000, 0x10),
+            // In front of it, and a gap.
+            (0x1000, 0x1000),
+            (0x2001, 1),
+            // Neither length nor address goes round.
+            (0x10_0000, u32::MAX),
+            (0x10_0000 + u64::from(u32::MAX), 1),
+            (u64::MAX, 1),
+            (0, 1),
+        ] {
+            append(&mut segments, segment(gpa, len));
+        }
+        let expected = [
+            segment(0x1F80, 0x1090),
+            segment(0x1000, 0x1000),
+            segment(0x2001, 1),
+            segment(0x10_0000, u32::MAX),
+            segment(0x10_0000 + u64::from(u32::MAX), 1),
+            segment(u64::MAX, 1),
+            segment(0, 1),
+        ];
+        assert_eq!(segments, expected);
     }
 }
