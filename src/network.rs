@@ -4,12 +4,12 @@
 //! for it keeps its place in the host; the NICs are made anew. With them stay the switches of
 //! `--switch` and what joins these to the world outside.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
-use backends::net::capture::Captured;
+use backends::net::capture::Capture;
 use backends::net::switch::vlan::PortVlan;
 use backends::net::switch::{PortOptions, Switch, SwitchOptions};
 use backends::net::tap::{Tap, TapOptions};
@@ -59,6 +59,7 @@ pub struct Networks {
 /// switch are on one, whether or not it is among `switches`.
 pub fn plug(nics: &[NicOption], switches: &[SwitchOption], vps: u32) -> anyhow::Result<Networks> {
     let mut made = HashMap::new();
+    one_file_each(nics, switches)?;
     for SwitchOption { name, mtu, .. } in switches {
         let mut options = SwitchOptions::new(name);
         options.mtu = mtu.unwrap_or(options.mtu);
@@ -72,10 +73,11 @@ pub fn plug(nics: &[NicOption], switches: &[SwitchOption], vps: u32) -> anyhow::
     }
     let cables = open_all(nics, vps, &mut made)?;
     let mut uplinks = Vec::new();
-    for SwitchOption { name, uplink, mtu } in switches {
-        if let (Some(uplink), Some(switch)) = (uplink, made.get(name)) {
-            let uplink = join(switch, uplink, *mtu).with_context(|| format!("--switch {name}"))?;
-            uplinks.push(uplink);
+    for option in switches {
+        if let Some(switch) = made.get(&option.name) {
+            let uplink =
+                join(switch, option).with_context(|| format!("--switch {}", option.name))?;
+            uplinks.extend(uplink);
         }
     }
     let mut switches: Vec<_> = made.into_values().collect();
@@ -83,14 +85,44 @@ pub fn plug(nics: &[NicOption], switches: &[SwitchOption], vps: u32) -> anyhow::
     Ok(Networks { cables, switches, _uplinks: uplinks })
 }
 
-/// Plugs an uplink in. A tap that is made for it has the switch's MTU, if one was said.
-fn join(switch: &Switch, uplink: &UplinkOption, mtu: Option<u16>) -> anyhow::Result<Uplink> {
-    Ok(match uplink {
-        UplinkOption::Tap(name) => {
-            Uplink::to_network(switch, Tap::open(name, TapOptions { queues: 1, mtu })?)?
+/// Refuses captures of which one would overwrite the other.
+fn one_file_each(nics: &[NicOption], switches: &[SwitchOption]) -> anyhow::Result<()> {
+    let of_nics =
+        (0..).zip(nics).map(|(number, nic): (u8, _)| (format!("--nic {number}"), &nic.pcap));
+    let of_switches =
+        switches.iter().map(|switch| (format!("--switch {}", switch.name), &switch.pcap));
+    let mut files = HashMap::new();
+    for (whose, pcap) in of_nics.chain(of_switches) {
+        if let Some(path) = pcap
+            && let Some(other) = files.insert(path, whose.clone())
+        {
+            bail!("{whose}: pcap={} is that of {other} already", path.display());
         }
-        UplinkOption::Socket(path) => Uplink::to_socket(switch, path)?,
-    })
+    }
+    Ok(())
+}
+
+/// Plugs a switch's uplink in, if it is to have one. A tap that is made for it has the switch's MTU, if
+/// one was said.
+fn join(switch: &Switch, option: &SwitchOption) -> anyhow::Result<Option<Uplink>> {
+    let Some(uplink) = &option.uplink else {
+        if let Some(path) = &option.pcap {
+            bail!("pcap={} writes down an uplink's frames, and there is no uplink", path.display());
+        }
+        return Ok(None);
+    };
+    let name = match uplink {
+        UplinkOption::Tap(name) => name.clone(),
+        UplinkOption::Socket(path) => format!("socket:{}", path.display()),
+    };
+    let capture = option.pcap.as_ref().map(|path| Capture::create(path, &name)).transpose()?;
+    Ok(Some(match uplink {
+        UplinkOption::Tap(name) => {
+            let tap = Tap::open(name, TapOptions { queues: 1, mtu: option.mtu })?;
+            Uplink::to_network(switch, Arc::new(tap), capture.as_ref())?
+        }
+        UplinkOption::Socket(path) => Uplink::to_socket(switch, path, capture.as_ref())?,
+    }))
 }
 
 /// The cables of all NICs.
@@ -99,7 +131,6 @@ fn open_all(
     vps: u32,
     switches: &mut HashMap<String, Switch>,
 ) -> anyhow::Result<Vec<Plugged>> {
-    let mut captures = HashSet::new();
     let emulated = options.iter().filter(|option| option.attach == NicAttach::E1000).count();
     ensure!(
         emulated <= MOST_E1000,
@@ -108,13 +139,6 @@ fn open_all(
     (0..)
         .zip(options)
         .map(|(number, option)| {
-            if let Some(path) = &option.pcap {
-                ensure!(
-                    captures.insert(path),
-                    "--nic {number}: pcap={} is another NIC's already",
-                    path.display()
-                );
-            }
             open(number, option, vps, switches).with_context(|| format!("--nic {number}"))
         })
         .collect()
@@ -147,7 +171,8 @@ fn open(
         }
     };
     if let Some(path) = &option.pcap {
-        network = Arc::new(Captured::new(network, path)?);
+        let capture = Capture::create(path, &network.link().name)?;
+        network = Arc::new(capture.observe(network));
     }
     let link = network.link();
     let address = option.mac.or(link.mac).unwrap_or_else(made_up);

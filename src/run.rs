@@ -56,7 +56,7 @@ queues=1..64 and pcap=FILE; and attach=netvsc, which is a synthetic NIC, or atta
 
 A switch joins the NICs of this machine that name it. With --switch it takes name=NAME and mtu=68..9000,
 and uplink=tap:NAME to be joined to the host, or uplink=socket:PATH to be joined to the switches of
-other machines with the same PATH.
+other machines with the same PATH; and pcap=FILE for what passes the uplink.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N | nic=N]

@@ -24,16 +24,18 @@ pub struct SwitchOption {
     pub uplink: Option<UplinkOption>,
     /// The longest packet, in bytes; 9000 if it is not said.
     pub mtu: Option<u16>,
+    /// Where to write all of the uplink's frames down, as pcapng.
+    pub pcap: Option<PathBuf>,
 }
 
 /// The keys of `--switch`, for messages.
-const SWITCH_KEYS: &str = "name, uplink, mtu";
+const SWITCH_KEYS: &str = "name, uplink, mtu, pcap";
 
 impl FromStr for SwitchOption {
     type Err = OptionError;
 
     fn from_str(s: &str) -> Result<Self, OptionError> {
-        let (mut name, mut uplink, mut mtu) = (None, None, None);
+        let (mut name, mut uplink, mut mtu, mut pcap) = (None, None, None, None);
         for (key, value) in pairs_with(s, "a switch is written name=NAME", &[])? {
             match key.as_str() {
                 "name" if !value.is_empty() => name = Some(value),
@@ -50,11 +52,13 @@ impl FromStr for SwitchOption {
                         }
                     });
                 }
+                "pcap" if !value.is_empty() => pcap = Some(value.into()),
+                "pcap" => return Err(OptionError::Missing("pcap")),
                 "mtu" => mtu = Some(within(MTUS, "mtu", value, "68 to 9000")?),
                 _ => return Err(OptionError::UnknownKey { key, known: SWITCH_KEYS }),
             }
         }
-        Ok(Self { name: name.ok_or(OptionError::Missing("name"))?, uplink, mtu })
+        Ok(Self { name: name.ok_or(OptionError::Missing("name"))?, uplink, mtu, pcap })
     }
 }
 
@@ -65,14 +69,14 @@ mod tests {
     #[test]
     fn switches() {
         let switch = |s: &str| s.parse::<SwitchOption>().unwrap();
-        let lan = SwitchOption { name: "lan".into(), uplink: None, mtu: None };
+        let lan = SwitchOption { name: "lan".into(), uplink: None, mtu: None, pcap: None };
         assert_eq!(switch("name=lan"), lan);
         let uplink = Some(UplinkOption::Tap("lab0".into()));
         assert_eq!(switch("name=lan,uplink=tap:lab0"), SwitchOption { uplink, ..lan.clone() });
         let uplink = Some(UplinkOption::Socket("/run/a,b:c".into()));
         assert_eq!(
-            switch("uplink=socket:/run/a,,b:c,name=lan,mtu=1500"),
-            SwitchOption { uplink, mtu: Some(1500), ..lan }
+            switch("uplink=socket:/run/a,,b:c,name=lan,mtu=1500,pcap=a"),
+            SwitchOption { uplink, mtu: Some(1500), pcap: Some("a".into()), ..lan }
         );
     }
 
@@ -92,6 +96,10 @@ mod tests {
             );
         }
         assert_eq!(message("name=lan,mtu=9001"), "mtu=9001 is not possible; mtu is 68 to 9000");
-        assert_eq!(message("name=lan,vlan=7"), "unknown key 'vlan'; known are name, uplink, mtu");
+        assert_eq!(
+            message("name=lan,vlan=7"),
+            "unknown key 'vlan'; known are name, uplink, mtu, pcap"
+        );
+        assert_eq!(message("name=lan,pcap="), "'pcap' is missing; write pcap=VALUE");
     }
 }

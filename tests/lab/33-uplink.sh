@@ -43,7 +43,7 @@ busybox httpd -h www
 
 machine 2 --cpus 2 &
 second=$!
-machine 1 --switch name=host,uplink=tap:lab0 --nic backend=switch:host,mac=52:54:00:00:00:11 || {
+machine 1 --switch name=host,uplink=tap:lab0,pcap=host.pcapng --nic backend=switch:host,mac=52:54:00:00:00:11 || {
     cat machine1.log machine2.log
     fail 'machine 1'
 }
@@ -54,5 +54,7 @@ for other in 10.0.0.2 10.0.1.2; do
     [ "$(grep -c "^$other: iperf3 .* [1-9][0-9.]* [KMG]*bits/sec.*receiver" machine1.log)" = 4 ] ||
         fail "iperf3 with $other"
 done
+# The file of 4 MiB and all else that went to the host and back.
+[ "$(stat -c %s machine1/host.pcapng)" -gt 4194304 ] || fail 'the capture is too short'
 [ ! -e lan ] || fail 'the socket is still there'
 ! ip link show lab0 2>/dev/null || fail 'the tap is still there'

@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use backends::net::capture::Capture;
 use backends::net::offload::{Checksum, Segmentation, Segments};
 use backends::net::switch::{Port, PortOptions, Switch, SwitchOptions};
 use backends::net::uplink::Uplink;
@@ -53,7 +54,7 @@ impl Machine {
 
     fn at(number: u8, path: &Path) -> Self {
         let mut machine = Self::new(number);
-        machine.uplink = Some(Uplink::to_socket(&machine.switch, path).unwrap());
+        machine.uplink = Some(Uplink::to_socket(&machine.switch, path, None).unwrap());
         machine
     }
 
@@ -181,6 +182,34 @@ fn machines_meet_at_a_socket_and_the_first_forwards() {
     c.reach(&mut b);
     drop((b, c));
     assert!(!folder.socket().exists());
+}
+
+/// One file has what passes between the first machine and all others.
+#[test]
+fn what_passes_an_uplink_is_written_down() {
+    let folder = Folder::new();
+    let path = folder.0.path().join("lan.pcapng");
+    let capture = Capture::create(&path, "lan").unwrap();
+    let [mut a, mut b, mut c] = [1, 2, 3].map(Machine::new);
+    a.uplink = Some(Uplink::to_socket(&a.switch, &folder.socket(), Some(&capture)).unwrap());
+    drop(capture);
+    for machine in [&mut b, &mut c] {
+        machine.uplink = Some(Uplink::to_socket(&machine.switch, &folder.socket(), None).unwrap());
+        machine.reach(&mut a);
+        a.reach(machine);
+    }
+    // What stays on the first machine's switch does not pass.
+    let sent = [a.frame(&b, "to b"), c.frame(&a, "from c"), a.frame(&a, "to nobody else")];
+    a.send(&sent[0], Offload::NONE);
+    assert_eq!(b.receive(), sent[0]);
+    c.send(&sent[1], Offload::NONE);
+    assert_eq!(a.receive(), sent[1]);
+    a.send(&sent[2], Offload::NONE);
+    drop((a, b, c));
+    let written = std::fs::read(&path).unwrap();
+    let passed =
+        sent.map(|frame| written.windows(frame.len()).filter(|bytes| *bytes == frame).count());
+    assert_eq!(passed, [1, 1, 0]);
 }
 
 #[test]

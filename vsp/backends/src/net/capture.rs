@@ -1,13 +1,13 @@
-//! Writing down what passes a NIC, as pcapng.
+//! Writing down what passes a NIC or an uplink, as pcapng.
 //!
-//! A [`Captured`] stands between a NIC and its network, so a NIC that is not captured has nothing of
-//! it on its way. Frames are copied and handed to a thread that writes them; if it falls behind,
-//! frames are missing from the file, not from the network, and the file's end says how many. A
+//! A [`Captured`] stands in front of a network, so one that is not captured has nothing of it on its
+//! way. Frames are copied and handed to the thread of the [`Capture`], which writes them; if it falls
+//! behind, frames are missing from the file, not from the network, and the file's end says how many. A
 //! frame is written as it passes: of one whose checksum is yet to be computed, a reader will say
 //! that it is wrong, and one that is yet to be cut is long.
 //!
 //! The format is that of draft-ietf-opsawg-pcapng: a section, one interface in it, a block for each
-//! frame with its time in nanoseconds and its direction as the guest sees it.
+//! frame with its time in nanoseconds and its direction as this machine sees it.
 //!
 //! `unsafe` passes on the promises of [`Queue::send`] and [`Queue::offer`], and relies on them to
 //! read what passes.
@@ -56,9 +56,9 @@ const EPB_FLAGS: u16 = 2;
 /// Which way a frame went: `epb_flags`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Direction {
-    /// To the guest.
+    /// From the network.
     Inbound = 1,
-    /// From it.
+    /// To it.
     Outbound = 2,
 }
 
@@ -78,7 +78,14 @@ pub struct CaptureError {
     source: io::Error,
 }
 
-/// A network, and a file of what goes to and from it.
+/// A file of what goes to and from networks. Clones write to the same; the last to go, with all
+/// [`Captured`] and their queues, waits until everything is written.
+#[derive(Clone)]
+pub struct Capture {
+    recorder: Arc<Recorder>,
+}
+
+/// A network under observation.
 pub struct Captured {
     network: Arc<dyn Network>,
     recorder: Arc<Recorder>,
@@ -92,12 +99,12 @@ struct Recorder {
     writer: Option<JoinHandle<()>>,
 }
 
-impl Captured {
-    /// Puts `network` under observation. The file is made anew.
-    pub fn new(network: Arc<dyn Network>, path: &Path) -> Result<Self, CaptureError> {
+impl Capture {
+    /// Makes the file anew. It calls what it is a capture of `name`.
+    pub fn create(path: &Path, name: &str) -> Result<Self, CaptureError> {
         let failed = |source| CaptureError { path: path.to_owned(), source };
         let mut file = BufWriter::new(File::create(path).map_err(failed)?);
-        write_head(&mut file, &network.link().name).and_then(|()| file.flush()).map_err(failed)?;
+        write_head(&mut file, name).and_then(|()| file.flush()).map_err(failed)?;
         let (records, written) = crossbeam_channel::bounded(BACKLOG);
         let missed = Arc::new(AtomicU64::new(0));
         let writer = std::thread::Builder::new().name("capture".into()).spawn({
@@ -110,7 +117,12 @@ impl Captured {
         });
         let writer = Some(writer.map_err(failed)?);
         let recorder = Arc::new(Recorder { records: Some(records), missed, writer });
-        Ok(Self { network, recorder })
+        Ok(Self { recorder })
+    }
+
+    /// Puts a network under observation.
+    pub fn observe(&self, network: Arc<dyn Network>) -> Captured {
+        Captured { network, recorder: Arc::clone(&self.recorder) }
     }
 }
 
@@ -363,7 +375,8 @@ mod tests {
     fn what_passes_is_in_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.pcapng");
-        let captured = Captured::new(Arc::new(Loopback::new()), &path).unwrap();
+        let capture = Capture::create(&path, "loopback").unwrap();
+        let captured = capture.observe(Arc::new(Loopback::new()));
         let mut uring = Uring::new(4).unwrap();
         let config = QueueConfig { index: 0, tag: Tag(1), sends: 4, receives: 4 };
         let mut queue = captured.queue(config, &mut uring).unwrap();
@@ -383,7 +396,7 @@ mod tests {
         unsafe { queue.send(frame, &mut uring, &mut done) };
         queue.turn(&mut uring, &mut done);
         assert_eq!((done.len(), &buffer[..35]), (2, &bytes[..35]));
-        drop(captured);
+        drop((capture, captured));
         drop(queue);
 
         let blocks = blocks(&std::fs::read(&path).unwrap());
@@ -403,8 +416,7 @@ mod tests {
 
     #[test]
     fn a_file_that_cannot_be_is_refused() {
-        let network = Arc::new(Loopback::new());
-        let error = Captured::new(network, Path::new("/nonexistent/a")).err().unwrap();
+        let error = Capture::create(Path::new("/nonexistent/a"), "a").err().unwrap();
         assert_eq!(error.to_string(), "cannot write the capture /nonexistent/a");
     }
 }

@@ -24,6 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use self::meeting::{Meeting, meet};
 use super::Network;
+use super::capture::Capture;
 use super::patch::{self, Stop};
 use super::stream::Stream;
 use super::switch::{NoPort, Port, PortOptions, Switch};
@@ -55,21 +56,28 @@ impl Uplink {
     /// Joins a switch and a network whose link may come back when it was down, such as a tap.
     pub fn to_network(
         switch: &Switch,
-        network: impl Network + 'static,
+        network: Arc<dyn Network>,
+        capture: Option<&Capture>,
     ) -> Result<Self, UplinkError> {
         let port = switch.port(PortOptions::default())?;
+        let network = observed(network, capture);
         Self::start(move |stop| {
             let name = network.link().name;
-            if let Err(error) = patch::run(&port, &network, stop, true, || ()) {
+            if let Err(error) = patch::run(&port, &*network, stop, true, || ()) {
                 tracing::warn!(name, %error, "an uplink was lost");
             }
         })
     }
 
     /// Joins a switch and those of other machines that name the same socket.
-    pub fn to_socket(switch: &Switch, path: &Path) -> Result<Self, UplinkError> {
+    pub fn to_socket(
+        switch: &Switch,
+        path: &Path,
+        capture: Option<&Capture>,
+    ) -> Result<Self, UplinkError> {
         let mut meeting = Some(meet(path)?);
-        let place = Place { switch: switch.clone(), path: path.to_owned() };
+        let (switch, path, capture) = (switch.clone(), path.to_owned(), capture.cloned());
+        let place = Place { switch, path, capture };
         Self::start(move |stop| {
             let mut told = false;
             while !stop.is_requested() {
@@ -118,6 +126,8 @@ impl fmt::Debug for Uplink {
 struct Place {
     switch: Switch,
     path: PathBuf,
+    /// Of all that are met there.
+    capture: Option<Capture>,
 }
 
 impl Place {
@@ -152,8 +162,9 @@ impl Place {
     fn serve(&self, socket: UnixStream, stop: &Arc<Stop>) {
         let joined = self.port().and_then(|port| {
             let name = format!("socket:{}", self.path.display());
-            let stream = Stream::new(socket, name, port.link().mtu)?;
-            patch::run(&port, &stream, stop, false, || stream.hang_up())
+            let stream = Arc::new(Stream::new(socket, name, port.link().mtu)?);
+            let network = observed(Arc::clone(&stream) as _, self.capture.as_ref());
+            patch::run(&port, &*network, stop, false, || stream.hang_up())
         });
         if let Err(error) = joined {
             tracing::warn!(path = %self.path.display(), %error, "a machine could not be joined");
@@ -162,6 +173,14 @@ impl Place {
 
     fn port(&self) -> io::Result<Port> {
         self.switch.port(PortOptions::default()).map_err(io::Error::other)
+    }
+}
+
+/// The network, behind what writes it down, if anything does.
+fn observed(network: Arc<dyn Network>, capture: Option<&Capture>) -> Arc<dyn Network> {
+    match capture {
+        Some(capture) => Arc::new(capture.observe(network)),
+        None => network,
     }
 }
 
