@@ -3,12 +3,15 @@
 # with and without vhost-net, and an emulated e1000 under either. All guests are up together, idle but for
 # the one whose turn it is, and each kind of traffic has each of them in turn, ROUNDS times for
 # SECONDS_EACH: an emulated L1 has fast minutes and slow ones. Counts are for each packet of the MTU's size.
-# VMMS='e1000 qemu_e1000' has only those. Run with
+# VMMS='e1000 qemu_e1000' has only those; UNPINNED=1 leaves it to the scheduler what runs where. Run with
 #   cargo xtask lab --peers --all-cores --file benches/lab:/lab/benches -- sh /lab/benches/network.sh
 . "$(dirname "$0")/lib.sh"
 rounds=${ROUNDS:-5}
 seconds=${SECONDS_EACH:-1}
 vmms=${VMMS:-partita virtio vhost e1000 qemu_e1000}
+# What the host's end of a job is started with.
+beside='taskset -c 1'
+[ -z "${UNPINNED:-}" ] || beside=
 with-script "$here/network.guest.sh" initrd
 modprobe vhost_net
 
@@ -46,8 +49,8 @@ start() {
     exit 1
 }
 
-# pin VMM: its guest's processor gets L1's first core, and all that serves it the second, beside iperf3. Left to
-# the scheduler, which of the three share a core differs from boot to boot, and that by more than VMMs do.
+# pin VMM: its guest's processor gets L1's first core, and all that serves it the second, beside iperf3. Which
+# of the three share a core is otherwise the scheduler's, and differs from boot to boot.
 pin() {
     eval "pid=\$pid_$1"
     for task in "/proc/$pid/task"/* $(grep -lx "vhost-$pid" /proc/[0-9]*/comm); do
@@ -82,12 +85,12 @@ job() {
     exits=$(of "$vmm" exits) interrupts=$(of "$vmm" irq_injections)
     case $name in
     ping)
-        result=$(ping -q -c 100 -i 0.01 "$address" | sed -n 's,.*= [0-9.]*/\([0-9.]*\)/.*,\1,p')
+        result=$($beside ping -q -c 100 -i 0.01 "$address" | sed -n 's,.*= [0-9.]*/\([0-9.]*\)/.*,\1,p')
         result="ms=$result packets=200"
         ;;
     *)
         # One that does not end counts as nothing.
-        result=$(timeout $((seconds + 20)) ${UNPINNED:-taskset -c 1} iperf3 -c "$address" -i 0 -f m -t "$seconds" "$@" |
+        result=$(timeout $((seconds + 20)) $beside iperf3 -c "$address" -i 0 -f m -t "$seconds" "$@" |
             sed -n 's,.* \([0-9.]*\) Mbits/sec.*receiver.*,\1,p' | tail -1)
         result=$(awk -v rate="${result:-0}" -v bytes="$bytes" -v seconds="$seconds" \
             'BEGIN { printf "mbits=%s packets=%d", rate, rate * 125000 * seconds / bytes }')
