@@ -59,7 +59,8 @@ pin() {
         */comm) task=${task%/comm} ;;
         *) case $(cat "$task/comm") in vp0 | 'CPU 0/KVM') core=0 ;; esac ;;
         esac
-        taskset -c -p "$core" "${task##*/}" >/dev/null
+        [ -n "${UNPINNED:-}" ] || taskset -c -p "$core" "${task##*/}" >/dev/null
+        [ "$core" = 1 ] || eval "vp_$1=$task"
     done
 }
 
@@ -96,6 +97,13 @@ job() {
             'BEGIN { printf "mbits=%s packets=%d", rate, rate * 125000 * seconds / bytes }')
         ;;
     esac
+    # One that has restarted is not what was set up.
+    eval "vp=\$vp_$vmm"
+    if [ ! -e "$vp" ]; then
+        cat "$vmm.console" "$vmm.log" >&2
+        echo "$vmm: its guest went down in $name" >&2
+        exit 1
+    fi
     exits=$(($(of "$vmm" exits) - exits)) interrupts=$(($(of "$vmm" irq_injections) - interrupts))
     look "$vmm"
     echo "$vmm $name $result exits=$exits" | tee -a results "$vmm.jobs"
@@ -106,7 +114,7 @@ subnet=0
 for vmm in $vmms; do
     subnet=$((subnet + 1))
     start "$vmm" "$subnet"
-    [ -n "${UNPINNED:-}" ] || pin "$vmm"
+    pin "$vmm"
 done
 for _ in $(seq "$rounds"); do
     for vmm in $vmms; do job "$vmm" tcp-out 1448 -R; done
