@@ -111,17 +111,17 @@ fn join(switch: &Switch, option: &SwitchOption) -> anyhow::Result<Option<Uplink>
         }
         return Ok(None);
     };
-    let name = match uplink {
-        UplinkOption::Tap(name) => name.clone(),
-        UplinkOption::Socket(path) => format!("socket:{}", path.display()),
-    };
-    let capture = option.pcap.as_ref().map(|path| Capture::create(path, &name)).transpose()?;
+    let capture =
+        |name: &str| option.pcap.as_ref().map(|path| Capture::create(path, name)).transpose();
     Ok(Some(match uplink {
         UplinkOption::Tap(name) => {
             let tap = Tap::open(name, TapOptions { queues: 1, mtu: option.mtu })?;
-            Uplink::to_network(switch, Arc::new(tap), capture.as_ref())?
+            Uplink::to_network(switch, Arc::new(tap), capture(name)?.as_ref())?
         }
-        UplinkOption::Socket(path) => Uplink::to_socket(switch, path, capture.as_ref())?,
+        UplinkOption::Socket(path) => {
+            let capture = capture(&format!("socket:{}", path.display()))?;
+            Uplink::to_socket(switch, path, capture.as_ref())?
+        }
     }))
 }
 

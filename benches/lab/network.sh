@@ -21,8 +21,8 @@ ours() {
         --cmdline "$cmdline" --nic "backend=tap:$tap,queues=1$2"
 }
 qemu() {
-    exec qemu-system-x86_64 -M q35 -enable-kvm -cpu host -m 640 -smp 1 -name guest,debug-threads=on -nodefaults -display none -no-reboot \
-        -kernel "/lab/$1/vmlinuz" -initrd initrd -append "$cmdline" -serial stdio \
+    exec qemu-system-x86_64 -M q35 -enable-kvm -cpu host -m 640 -smp 1 -nodefaults -display none -no-reboot \
+        -name guest,debug-threads=on -kernel "/lab/$1/vmlinuz" -initrd initrd -append "$cmdline" -serial stdio \
         -netdev "tap,id=n,ifname=$tap,script=no,downscript=no,vhost=$2" \
         -device "$3,netdev=n,romfile="
 }
