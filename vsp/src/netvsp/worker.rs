@@ -14,6 +14,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use backends::uring::{self, Tag, Token, Uring};
@@ -182,7 +183,8 @@ impl Worker {
             {
                 return Ok(true);
             }
-            std::hint::spin_loop();
+            // Whoever else can run here has something to do, and may be the one that is waited for.
+            thread::yield_now();
         }
         Ok(false)
     }
