@@ -27,7 +27,7 @@ const VLAN_TAG: u32 = 4;
 pub(super) const SLOT_HEADER: u32 = 96;
 
 /// In how many slots the longest coalesced frame may lie: as few as leave each channel so many slots.
-const COALESCED_PARTS: [u32; 3] = [4, 8, 16];
+const COALESCED_PARTS: [u32; 5] = [1, 2, 4, 8, 16];
 const FEWEST_LARGE_SLOTS: u32 = 128;
 
 /// Bytes in a section of the send buffer. Linux packs several small frames into one.
@@ -462,7 +462,9 @@ mod tests {
             let Step::ReceiveBuffer(layout) = reply.step else { panic!("{reply:?}") };
             layout.slot_size
         };
-        assert_eq!(slot_size(0, 4096, 1500), 16512);
+        assert_eq!(slot_size(0, 4096, 1500), 65664);
+        assert_eq!(slot_size(1, 4096, 1500), 32896);
+        assert_eq!(slot_size(3, 4096, 1500), 16512);
         assert_eq!(slot_size(6, 4096, 1500), 16512);
         assert_eq!(slot_size(7, 4096, 1500), 8320);
         assert_eq!(slot_size(15, 4096, 1500), 4224);
