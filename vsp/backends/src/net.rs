@@ -121,8 +121,8 @@ pub trait Queue {
     /// Lends the network a buffer for a frame that may come, in pieces: the first bytes of a frame
     /// go to the first of them. It comes back exactly once, as [`Completion::Received`] or
     /// [`Completion::Returned`]; at once if it is one more than [`QueueConfig::receives`] or in too
-    /// many pieces. Buffers are filled in the order in which they were offered. A frame that is
-    /// longer than the buffer whose turn it is, is dropped.
+    /// many pieces. They are filled in an order of the network's choice, and some perhaps never. A
+    /// frame that is longer than the buffer whose turn it is, is dropped.
     ///
     /// # Safety
     /// As [`Queue::send`], of memory that may be written.

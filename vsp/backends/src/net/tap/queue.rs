@@ -5,7 +5,6 @@
 //! kernel is done with them.
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -126,8 +125,9 @@ pub(super) struct TapQueue {
     target: Target,
     sends: Slots,
     receives: Slots,
-    /// Buffers not with the kernel, in the order in which they were offered.
-    waiting: VecDeque<u16>,
+    /// Buffers not with the kernel. The one that was offered last is the next to be filled: what its owner
+    /// has just read is still in the caches, its own and ours.
+    waiting: Vec<u16>,
     /// Of the present batch, those that found no frame.
     unfilled: Vec<u16>,
     /// Reads with the kernel.
@@ -168,7 +168,7 @@ impl TapQueue {
             target,
             sends: Slots::new(sends),
             receives: Slots::new(receives),
-            waiting: VecDeque::with_capacity(receives.into()),
+            waiting: Vec::with_capacity(receives.into()),
             unfilled: Vec::with_capacity(MAX_BATCH),
             reading: 0,
             polling: false,
@@ -207,7 +207,7 @@ impl TapQueue {
         }
         self.hits = 0;
         for _ in 0..self.batch {
-            let Some(index) = self.waiting.pop_front() else { break };
+            let Some(index) = self.waiting.pop() else { break };
             let token = self.token(READ, index);
             let Some(slot) = self.receives.get(index) else { break };
             slot.header = VirtioNetHeader::default();
@@ -222,7 +222,7 @@ impl TapQueue {
             // are the slot's, which is not touched before the read has completed, and outlives it
             // even if this queue does not.
             if unsafe { uring.push(&entry) }.is_err() {
-                self.waiting.push_front(index);
+                self.waiting.push(index);
                 break;
             }
             self.reading += 1;
@@ -237,7 +237,7 @@ impl TapQueue {
             if bytes >= BATCH_BYTES {
                 return;
             }
-            let Some(index) = self.waiting.pop_front() else { return };
+            let Some(index) = self.waiting.pop() else { return };
             let Some(slot) = self.receives.get(index) else { return };
             slot.header = VirtioNetHeader::default();
             let pieces = &slot.pieces;
@@ -248,10 +248,10 @@ impl TapQueue {
                 Ok(read) if self.received(index, read, done) => bytes += read,
                 Ok(_) => {
                     self.counters.receive_drops += 1;
-                    self.waiting.push_front(index);
+                    self.waiting.push(index);
                 }
                 Err(_) => {
-                    self.waiting.push_front(index);
+                    self.waiting.push(index);
                     match io::Error::last_os_error().raw_os_error() {
                         Some(libc::EINTR | libc::ENOMEM) => {}
                         Some(libc::EAGAIN) | None => self.poll(uring),
@@ -296,11 +296,11 @@ impl TapQueue {
         }
         let missed = self.unfilled.len();
         while let Some(index) = self.unfilled.pop() {
-            self.waiting.push_front(index);
+            self.waiting.push(index);
         }
         let returned = if mem::take(&mut self.recalled) { missed } else { 0 };
         for _ in 0..returned {
-            let Some(index) = self.waiting.pop_front() else { break };
+            let Some(index) = self.waiting.pop() else { break };
             let id = self.receives.release(index);
             id.into_iter().for_each(|id| done.push(Completion::Returned { id }));
         }
@@ -389,7 +389,7 @@ impl Queue for TapQueue {
         (slot.id, slot.len) = (id, room(buffers));
         let len = slot.len;
         slot.set_pieces(buffers, len, true);
-        self.waiting.push_back(index);
+        self.waiting.push(index);
     }
 
     fn turn(&mut self, uring: &mut Uring, done: &mut Completions) {
@@ -448,7 +448,7 @@ impl Queue for TapQueue {
     }
 
     fn recall(&mut self, _: &mut Uring, done: &mut Completions) {
-        while let Some(index) = self.waiting.pop_front() {
+        while let Some(index) = self.waiting.pop() {
             let id = self.receives.release(index);
             id.into_iter().for_each(|id| done.push(Completion::Returned { id }));
         }
