@@ -8,6 +8,7 @@
 pub mod fuzzing;
 mod limited;
 pub mod netvsp;
+mod precedence;
 pub mod scsi;
 pub mod storvsp;
 mod vigil;

@@ -146,6 +146,11 @@ impl Engine {
         u32::try_from(self.sends.room()).unwrap_or(u32::MAX)
     }
 
+    /// Bytes of frames that are under way to the network.
+    pub(super) fn bytes_sending(&self) -> u64 {
+        self.sends.bytes()
+    }
+
     /// Answers that are still to be given, now or when frames have been sent.
     pub(super) fn owed(&self) -> u32 {
         let owed = self.answers.len() + self.sends.under_way();

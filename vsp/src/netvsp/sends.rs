@@ -53,6 +53,8 @@ pub(super) struct Sends {
     fronts: Box<[Front]>,
     frames: Box<[Outgone]>,
     free_frames: Vec<u16>,
+    /// Of all frames under way.
+    bytes: u64,
     packets: Box<[Sending]>,
     free_packets: Vec<u16>,
     buffers: Vec<Buffer>,
@@ -71,6 +73,7 @@ impl Sends {
             fronts: (0..depth).map(|_| Front::new()).collect(),
             frames: vec![Outgone { packet: 0, len: 0 }; depth].into(),
             free_frames: (0..SENDS).rev().collect(),
+            bytes: 0,
             packets: vec![idle; depth].into(),
             free_packets: (0..SENDS).rev().collect(),
             buffers: Vec::with_capacity(1024),
@@ -86,6 +89,11 @@ impl Sends {
     /// Packets under way.
     pub(super) fn under_way(&self) -> usize {
         self.packets.len() - self.free_packets.len()
+    }
+
+    /// Bytes of frames under way.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Finds the bytes of a packet's RNDIS messages, in the send buffer and in pages of its own. False
@@ -159,6 +167,7 @@ impl Sends {
             };
             self.free_frames.pop();
             frames += 1;
+            self.bytes += u64::from(frame.len);
             if let Some(place) = self.frames.get_mut(usize::from(slot)) {
                 *place = Outgone { packet: index, len: frame.len };
             }
@@ -190,6 +199,7 @@ impl Sends {
         let slot = u16::try_from(id).ok()?;
         let Outgone { packet: index, len } = *self.frames.get(usize::from(slot))?;
         self.free_frames.push(slot);
+        self.bytes = self.bytes.saturating_sub(len.into());
         let packet = self.packets.get_mut(usize::from(index))?;
         packet.frames = packet.frames.saturating_sub(1);
         let end = (packet.frames == 0).then_some(packet.end);

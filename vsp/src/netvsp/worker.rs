@@ -24,6 +24,7 @@ use vmbus_server::Channel;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::engine::{ANSWER, DELIVERY, Engine};
+use crate::precedence::Precedence;
 use crate::vigil::{Vigil, system_call_cost};
 
 /// Room for the longest packet that makes sense: some frames, a page each time they cross one.
@@ -34,6 +35,9 @@ const ENTRIES: u32 = 512;
 
 /// Packets of a turn. The network shall have them before more are looked for.
 const BATCH: u32 = 64;
+
+/// So many bytes of frames are a batch that is not to be taken apart.
+const BATCH_BYTES: u64 = 16 * 1024;
 
 /// The most answers that wait for each other, and the most bytes of frames that they are about: who
 /// sends much at a time may wait for its memory.
@@ -78,6 +82,8 @@ pub(super) struct Worker {
     unasked: Vigil,
     /// Whether there are processors to spare for staying awake.
     may_spin: bool,
+    /// For batches on their way to the network.
+    precedence: Precedence,
     started: Instant,
     /// When there was last something to do, since `started`.
     last: Duration,
@@ -111,6 +117,7 @@ impl Worker {
             owed: Vigil::new(unit * OWED_PATIENCE),
             unasked: Vigil::new(unit),
             may_spin,
+            precedence: Precedence::new(),
             started: Instant::now(),
             last: Duration::ZERO,
             waits_for_owed: false,
@@ -132,6 +139,9 @@ impl Worker {
             }
             let gathered = if stopping { 0 } else { self.gather()? };
             let arrived = self.engine.turn(&mut self.uring);
+            // What does not enter the kernel wakes nobody there.
+            let is_batch = self.uring.collected() > 0 && self.engine.bytes_sending() >= BATCH_BYTES;
+            let ahead = if is_batch { self.precedence.take() } else { None };
             self.uring.submit()?;
             let settled = self.settle()? + arrived;
             if stopping && self.engine.in_flight() == 0 {
@@ -142,6 +152,7 @@ impl Worker {
                 self.vigil().arrived(gap);
             }
             let pushed = if self.holds_answers() { 0 } else { self.deliver()? };
+            drop(ahead);
             if gathered + settled + pushed > 0 {
                 self.last = self.started.elapsed();
                 self.waits_for_owed = self.engine.is_owed_completions();
