@@ -199,7 +199,6 @@ impl SintState {
 pub(crate) struct VpRegisters {
     index: VpIndex,
     assist_page: u64,
-    control: u64,
     pages: PageRegisters,
     sints: [u64; Sint::COUNT as usize],
 }
@@ -208,14 +207,11 @@ impl VpRegisters {
     /// As they are at power-on.
     pub(crate) fn new(index: VpIndex) -> Self {
         let sints = [SINT_MASKED; Sint::COUNT as usize];
-        Self { index, assist_page: 0, control: 0, pages: PageRegisters::default(), sints }
+        Self { index, assist_page: 0, pages: PageRegisters::default(), sints }
     }
 
-    /// SIMP and SIEFP; neither is enabled while the SynIC is not (SCONTROL).
+    /// SCONTROL, SIMP and SIEFP.
     pub(crate) fn pages(&self) -> PageRegisters {
-        if self.control & ENABLE == 0 {
-            return PageRegisters::default();
-        }
         self.pages
     }
 
@@ -236,7 +232,7 @@ impl VpRegisters {
         Ok(match register {
             msr::VP_INDEX => self.index.0.into(),
             msr::VP_ASSIST_PAGE => self.assist_page,
-            msr::SCONTROL => self.control,
+            msr::SCONTROL => self.pages.control,
             msr::SVERSION => SYNIC_VERSION,
             msr::SIEFP => self.pages.event_page,
             msr::SIMP => self.pages.message_page,
@@ -267,7 +263,7 @@ impl VpRegisters {
                 Ok(if new { Action::Clear(page_of(value)) } else { Action::None })
             }
             msr::SCONTROL => {
-                self.control = value;
+                self.pages.control = value;
                 Ok(Action::Pages)
             }
             msr::SIEFP => {

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
-    KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit,
-    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2,
+    KVM_CAP_TSC_DEADLINE_TIMER, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs,
+    kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit, kvm_interrupt, kvm_mp_state, kvm_msr_entry,
+    kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -139,13 +140,16 @@ impl Vp {
         if hyper_v == HyperV::Kernel {
             let capability = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
             fd.enable_cap(&capability).map_err(call("cannot enable KVM's SynIC"))?;
-            // What is not offered shall not work either. Since Linux 5.14.
-            if kvm.check_extension_raw(KVM_CAP_HYPERV_ENFORCE_CPUID.into()) > 0 {
-                let capability = kvm_enable_cap {
-                    cap: KVM_CAP_HYPERV_ENFORCE_CPUID,
-                    args: [1, 0, 0, 0],
-                    ..Default::default()
-                };
+        }
+        // What is not offered shall not work either: of Hyper-V's interface, since Linux 5.14; of
+        // KVM's own, of which no partition is offered anything, since 5.10.
+        let enforced = [
+            (KVM_CAP_HYPERV_ENFORCE_CPUID, hyper_v == HyperV::Kernel),
+            (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, true),
+        ];
+        for (cap, wanted) in enforced {
+            if wanted && kvm.check_extension_raw(cap.into()) > 0 {
+                let capability = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..Default::default() };
                 fd.enable_cap(&capability).map_err(call("cannot limit KVM to what is offered"))?;
             }
         }
@@ -494,8 +498,11 @@ impl Vp {
                 counters.count(ExitKind::Synic);
                 // SAFETY: the type says that this is the member in use.
                 let synic = unsafe { exit.u.synic };
-                let pages =
-                    PageRegisters { message_page: synic.msg_page, event_page: synic.evt_page };
+                let pages = PageRegisters {
+                    control: synic.control,
+                    message_page: synic.msg_page,
+                    event_page: synic.evt_page,
+                };
                 if let Some(synic) = &environment.synic {
                     synic.set_pages(environment.index, pages);
                 }
