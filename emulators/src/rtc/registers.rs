@@ -3,7 +3,7 @@
 //! It does not tick. What has happened between two moments follows from them: seconds that have ended,
 //! the alarm's among them, and ticks of the periodic interrupt.
 
-use super::calendar::Calendar;
+use super::calendar::{Calendar, YEARS};
 
 /// Nanoseconds since 1970. The guest's clock may be set to any year that four digits can write.
 pub(super) type Nanos = i128;
@@ -222,7 +222,7 @@ impl Registers {
         self.clock = match self.clock {
             Clock::Runs { .. } if !stands => return,
             Clock::Stands { .. } if !stands => {
-                Clock::Runs { ahead: Nanos::from(at.to_unix()) * SECOND + fraction - now }
+                Clock::Runs { ahead: seconds(at) * SECOND + fraction - now }
             }
             _ => Clock::Stands { at, fraction },
         };
@@ -248,7 +248,7 @@ impl Registers {
         match &mut self.clock {
             Clock::Stands { at, .. } => *at = calendar,
             Clock::Runs { ahead } => {
-                *ahead = Nanos::from(calendar.to_unix()) * SECOND + into - now;
+                *ahead = seconds(calendar) * SECOND + into - now;
             }
         }
     }
@@ -380,12 +380,19 @@ impl Registers {
             WEEKDAY => {}
             DAY => at.day = number,
             MONTH => at.month = number,
-            YEAR => at.year = at.year.div_euclid(100) * 100 + number,
-            CENTURY => at.year = number * 100 + at.year.rem_euclid(100),
+            // Two digits each, whatever a byte can hold beyond them.
+            YEAR => at.year = at.year.div_euclid(100) * 100 + number.min(99),
+            CENTURY => at.year = number.min(99) * 100 + at.year.rem_euclid(100),
             _ => return false,
         }
         true
     }
+}
+
+/// Seconds since 1970 at which a clock starts that was set to `at`. It stays within four digits of
+/// years: a guest that writes days and months that there are not would get further each time.
+fn seconds(at: Calendar) -> Nanos {
+    at.to_unix().clamp(*YEARS.start(), *YEARS.end()).into()
 }
 
 /// Ticks of the oscillator since 1970.

@@ -221,3 +221,22 @@ fn an_alarm_that_never_comes_is_not_searched_for() {
     clock.advance(NEW_YEARS_EVE + 3 * 86400 * SECOND);
     assert!(!clock.output());
 }
+
+/// Each value that is none of the register's takes the clock further than it was, and so do many.
+#[test]
+fn no_number_of_writes_takes_the_clock_out_of_four_digits() {
+    for running in [true, false] {
+        let mut clock = Registers::new(NEW_YEARS_EVE);
+        clock.write(B, if running { 0x06 } else { 0x86 }, NEW_YEARS_EVE);
+        for index in [YEAR, DAY, MONTH, HOURS, CENTURY].into_iter().cycle().take(100_000) {
+            clock.write(index, 0xff, NEW_YEARS_EVE);
+        }
+        clock.write(B, 0x06, NEW_YEARS_EVE);
+        assert_eq!(clock.calendar(NEW_YEARS_EVE).year, 9999);
+        // From there it can be set to any time.
+        for (index, value) in TIME.into_iter().zip([59, 59, 23, 31, 12, 24, 20]).rev() {
+            clock.write(index, value, NEW_YEARS_EVE);
+        }
+        assert_eq!(time(&mut clock, NEW_YEARS_EVE), [59, 59, 23, 31, 12, 24, 20]);
+    }
+}
