@@ -46,7 +46,7 @@ const LOCKED: u64 = 2;
 
 /// In a SINT register: nothing comes in.
 const SINT_MASKED: u64 = 1 << 16;
-/// The interrupt ends by itself. Accepted, and not done: leaf 0x40000004 tells guests not to.
+/// The interrupt ends by itself.
 const SINT_AUTO_EOI: u64 = 1 << 17;
 /// No interrupt is raised; the guest looks for itself.
 const SINT_POLLING: u64 = 1 << 18;
@@ -188,7 +188,7 @@ impl SintState {
         (self.is_open() && self.0 & SINT_POLLING == 0 && vector >= FIRST_VECTOR).then_some(vector)
     }
 
-    /// The guest expects what nobody does here.
+    /// The guest does not end what this raises.
     pub(crate) fn wants_auto_eoi(self) -> bool {
         self.is_open() && self.0 & SINT_AUTO_EOI != 0
     }

@@ -11,7 +11,7 @@
 //! - Where the host's processor does not virtualize the local APIC, interrupts end by the VP
 //!   assist page (no exit if none other waits), and those of the VMBus end by themselves.
 //! - Where it does, both would only get in its way.
-//! - Where user space serves the registers ([`HyperV::User`]) nobody can do either.
+//! - Where user space serves the registers ([`HyperV::User`]) neither can be had without exits.
 //!
 //! No feature is offered without what it needs ([`features`]).
 

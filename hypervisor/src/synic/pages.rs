@@ -43,6 +43,8 @@ pub(crate) struct PageRegisters {
 pub(crate) struct SynicPages {
     memory: GuestMemory,
     vps: Box<[VpPages]>,
+    /// What raises SINT 2 of a processor for which [`Self::raise_otherwise`] says so.
+    otherwise: OnceLock<Box<dyn Fn(VpIndex) + Send + Sync>>,
 }
 
 /// One processor's.
@@ -54,12 +56,14 @@ struct VpPages {
     event_page: AtomicU64,
     /// Raises SINT 2. Not there in a partition without a SynIC.
     interrupt: OnceLock<EventFd>,
+    /// Something else raises it.
+    otherwise: AtomicBool,
 }
 
 impl SynicPages {
     pub(crate) fn new(memory: &GuestMemory, vps: u32) -> Self {
         let vps = (0..vps).map(|_| VpPages::default()).collect();
-        Self { memory: memory.clone(), vps }
+        Self { memory: memory.clone(), vps, otherwise: OnceLock::new() }
     }
 
     fn vp(&self, vp: VpIndex) -> Option<&VpPages> {
@@ -73,9 +77,26 @@ impl SynicPages {
         }
     }
 
+    /// What raises it where [`Self::raise_otherwise`] says so.
+    pub(crate) fn attach_otherwise(&self, raise: Box<dyn Fn(VpIndex) + Send + Sync>) {
+        self.otherwise.set(raise).ok();
+    }
+
+    /// Whether the event is not what raises the VMBus's SINT on `vp`.
+    pub(crate) fn raise_otherwise(&self, vp: VpIndex, otherwise: bool) {
+        if let Some(vp) = self.vp(vp) {
+            vp.otherwise.store(otherwise, Ordering::Release);
+        }
+    }
+
     /// Raises the VMBus's SINT on `vp`.
-    pub(crate) fn raise(&self, vp: VpIndex) {
-        if let Some(event) = self.vp(vp).and_then(|vp| vp.interrupt.get()) {
+    pub(crate) fn raise(&self, index: VpIndex) {
+        let Some(vp) = self.vp(index) else { return };
+        if vp.otherwise.load(Ordering::Acquire) {
+            if let Some(raise) = self.otherwise.get() {
+                raise(index);
+            }
+        } else if let Some(event) = vp.interrupt.get() {
             // It fails only when the counter is full, and then an interrupt is on its way.
             let _ = event.write(1);
         }
