@@ -26,6 +26,7 @@ use crate::boot::{BuiltinBoot, LinuxBoot};
 use crate::builtin::ExitPort;
 use crate::hosted;
 use crate::options::{IrqchipOption, PartitionOption, SynicOption};
+use crate::panics::Watch;
 
 /// What a machine is to have.
 #[derive(Clone)]
@@ -390,8 +391,10 @@ impl Machine {
         (Arc::clone(&self.ports), Arc::clone(&self.mmio))
     }
 
-    /// Runs the guest until it or somebody else stops it. `sink` takes the messages it posts.
+    /// Runs the guest until it, somebody else or a panic of this program's stops it. `sink` takes
+    /// the messages it posts.
     pub fn run(&mut self, sink: &Arc<dyn MessageSink>) -> StopReason {
+        let _watch = Watch::over(self.stop_handle());
         self.partition.run(&self.ports, &self.mmio, sink)
     }
 }

@@ -14,6 +14,7 @@ mod hosted;
 mod machine;
 mod network;
 mod options;
+mod panics;
 mod run;
 mod statistics;
 mod terminal;

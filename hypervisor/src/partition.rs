@@ -104,6 +104,17 @@ pub struct StopHandle {
     shared: Arc<StopShared>,
 }
 
+/// Ends the run if the thread that holds it panics: whoever waits for that thread would wait for ever.
+pub(crate) struct StopOnPanic(pub(crate) StopHandle);
+
+impl Drop for StopOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
+        }
+    }
+}
+
 #[derive(Default)]
 struct StopShared {
     /// The same as `reason.is_some()`, for those who look often.

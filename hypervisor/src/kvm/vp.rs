@@ -31,7 +31,7 @@ use super::{HyperV, call, kick};
 use crate::hypercall::Hypercall;
 use crate::hypercall::page::{DOORBELL_PORT, HYPERCALL_PORT};
 use crate::interrupts::InterruptController;
-use crate::partition::ExitKind;
+use crate::partition::{ExitKind, StopOnPanic};
 use crate::registers::GeneralProtection;
 use crate::synic::pages::PageRegisters;
 use crate::synic::{HvStatus, MessageSink};
@@ -88,7 +88,7 @@ pub(super) struct Vp {
 /// Ends a processor's claim to its thread, and the whole run if that unwinds: the other processors
 /// would go on without it.
 struct RunGuard {
-    stop: StopHandle,
+    _stop: StopOnPanic,
     /// There if this processor has the PICs' interrupts.
     pics: Option<Arc<SplitIrqchip>>,
 }
@@ -99,9 +99,6 @@ impl Drop for RunGuard {
             pics.first().end();
         }
         kick::set_immediate_exit(std::ptr::null_mut());
-        if std::thread::panicking() {
-            self.stop.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
-        }
     }
 }
 
@@ -299,7 +296,7 @@ impl Vp {
         if let Some(pics) = &pics {
             pics.first().begin();
         }
-        let _guard = RunGuard { stop: self.environment.stop.clone(), pics };
+        let _guard = RunGuard { _stop: StopOnPanic(self.environment.stop.clone()), pics };
         while !self.environment.stop.is_stopping() {
             let next = match self.offer_interrupt() {
                 Ok(()) => self.step(buses, sink),
