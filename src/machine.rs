@@ -22,6 +22,7 @@ use hypervisor::{
     StopReason, layout,
 };
 
+use crate::advice;
 use crate::boot::{BuiltinBoot, LinuxBoot};
 use crate::builtin::ExitPort;
 use crate::hosted;
@@ -257,7 +258,7 @@ fn memory(config: &MachineConfig) -> anyhow::Result<GuestMemory> {
 fn broken_kvm(error: &anyhow::Error) -> Option<String> {
     match error.downcast_ref::<PartitionError>()? {
         PartitionError::VpCount { .. } | PartitionError::Memory(_) => None,
-        _ => Some(format!("{error:#}")),
+        _ => Some(advice::line(error)),
     }
 }
 
