@@ -23,7 +23,7 @@ use hypervisor::{
 };
 
 use crate::advice;
-use crate::boot::{BuiltinBoot, LinuxBoot};
+use crate::boot::{BuiltinBoot, LinuxBoot, PciBus};
 use crate::builtin::ExitPort;
 use crate::hosted;
 use crate::options::{IrqchipOption, PartitionOption, SynicOption};
@@ -126,7 +126,9 @@ impl Guest {
         Ok(match self {
             Self::Linux { kernel, initrd, command_line } => {
                 let initrd = initrd.as_deref();
-                let (pci, prefers_vmbus) = (config.has_pci(), config.prefers_vmbus);
+                let ide = !config.ide.is_empty();
+                let pci = config.has_pci().then_some(PciBus { ide });
+                let prefers_vmbus = config.prefers_vmbus;
                 LinuxBoot { kernel, initrd, command_line, vps, pci, prefers_vmbus }.load(memory)?
             }
             Self::Builtin { work } => {
