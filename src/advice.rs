@@ -12,6 +12,7 @@ use std::path::Path;
 use backends::net::tap;
 use hypervisor::PartitionError;
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 /// An error in one line, with its sources, and what helps if that is known.
 pub fn line(error: &anyhow::Error) -> String {
@@ -32,7 +33,7 @@ fn of(error: &anyhow::Error) -> Option<String> {
             return Some(on_device(&TUN, source));
         }
         match cause.downcast_ref::<io::Error>()?.raw_os_error().map(Errno::from_raw_os_error)? {
-            Errno::AGAIN => Some(TOO_MANY_THREADS.to_owned()),
+            Errno::AGAIN => Some(on_threads().to_owned()),
             Errno::MFILE => Some("raise the limit of open files (ulimit -n)".to_owned()),
             _ => None,
         }
@@ -60,14 +61,20 @@ pub fn on_io_uring(error: &io::Error) -> &'static str {
         }
         Some(Errno::NOMEM) => "raise the limit for locked memory (ulimit -l)",
         Some(Errno::MFILE | Errno::NFILE) => "raise the limit of open files (ulimit -n)",
-        Some(Errno::AGAIN) => TOO_MANY_THREADS,
+        Some(Errno::AGAIN) => on_threads(),
         _ => "use Linux 5.15 or newer",
     }
 }
 
-/// What a host says that starts no thread and no process is no more than that it is busy (EAGAIN).
-const TOO_MANY_THREADS: &str =
-    "raise the limit of processes and threads (ulimit -u, systemd's TasksMax=)";
+/// What helps if the host starts no thread and no process, of which it says no more than that it is
+/// busy (EAGAIN).
+fn on_threads() -> &'static str {
+    if getrlimit(Resource::As).current.is_some() {
+        "raise the limit for addresses (ulimit -v), or that of processes and threads (ulimit -u)"
+    } else {
+        "raise the limit of processes and threads (ulimit -u, systemd's TasksMax=)"
+    }
+}
 
 /// A device file of the host that a driver makes.
 pub struct DeviceFile {

@@ -37,7 +37,7 @@ use tracing_subscriber::EnvFilter;
     after_help = "\
 Examples:
   partita demo
-  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2"
+  partita run --kernel vmlinuz --initrd initrd.img --disk debian.img --memory 1G --cpus 2"
 )]
 struct Cli {
     #[command(subcommand)]

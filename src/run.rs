@@ -39,8 +39,8 @@ use crate::terminal::Console;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2
-  partita run --kernel vmlinuz --disk path=a.img --disk path=b.img,readonly=on,lun=5 \\
+  partita run --kernel vmlinuz --initrd initrd.img --disk debian.img --memory 1G --cpus 2
+  partita run --kernel vmlinuz --disk a.img --disk b.img,readonly=on,lun=5 \\
       --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
   partita run --kernel vmlinuz --initrd initrd.img --nic backend=tap:tap0,mac=52:54:00:12:34:56
   partita run --kernel vmlinuz --initrd initrd.img --nic backend=switch:lan \\
@@ -52,6 +52,8 @@ Disks take path=PATH, or just PATH, and, separated by commas: readonly=on|off, d
 attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. With
 attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes:
 the first that writes owns the disk. A comma in a value is written twice.
+
+In the same way, a NIC's backend and a switch's name may come first without a key.
 
 NICs take backend=tap:NAME, backend=switch:NAME with vlan=1..4094 and isolated=on|off, or backend=user
 with hostfwd=tcp|udp:[ADDRESS:]PORT[-GUESTPORT]; and all of them mac=ADDRESS, mtu=68..9000,
@@ -256,7 +258,8 @@ impl Run {
                     let why = kind.without_kvm().map(|why| format!("; {why}")).unwrap_or_default();
                     eprintln!("partita: the guest runs in {kind}{why}");
                 }
-                console = Some(Console::new(self.serial == SerialOption::Stdio)?);
+                let stdio = self.serial == SerialOption::Stdio;
+                console = Some(Console::new(stdio).context("cannot listen to the user")?);
             }
             let console = console.as_ref().expect("just made");
 

@@ -11,14 +11,19 @@ use tempfile::TempDir;
 /// The least memory of a guest, which counts as a file, and a little more.
 const FILE_SIZE: u64 = 33 << 20;
 
-/// Runs partita as a shell does that has set limits before.
-fn limited(limits: &str, arguments: &[&str]) -> Output {
-    // The shell's own unit of file sizes is 512 bytes.
+/// partita as a shell runs it that has set limits before.
+fn limited_command(limits: &str, arguments: &[&str]) -> Command {
     let script = format!("{limits} && exec \"$0\" \"$@\"");
-    let shell = ["-c", &script, env!("CARGO_BIN_EXE_partita")];
-    Command::new("/bin/sh").args(shell).args(arguments).output().unwrap()
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_partita")]).args(arguments);
+    command
 }
 
+fn limited(limits: &str, arguments: &[&str]) -> Output {
+    limited_command(limits, arguments).output().unwrap()
+}
+
+/// The shell's own unit is 512 bytes.
 fn file_size(bytes: u64) -> String {
     format!("ulimit -f {}", bytes / 512)
 }
@@ -114,6 +119,18 @@ fn a_capture_beyond_the_file_size_limit_ends_and_the_guest_goes_on() {
     let captured = capture.metadata().unwrap().len();
     assert!(captured <= FILE_SIZE);
     assert_eq!(said.contains("a.pcapng ends early"), captured == FILE_SIZE, "{captured}: {said}");
+}
+
+#[test]
+fn a_console_beyond_the_file_size_limit_does_not_end_the_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("console.log");
+    File::create(&path).unwrap().set_len(FILE_SIZE - 20).unwrap();
+    let console = File::options().append(true).open(&path).unwrap();
+    let run = ["run", "--memory", "32M", "--builtin", "identify"];
+    let output = limited_command(&file_size(FILE_SIZE), &run).stdout(console).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{:?}: {}", output.status, text(&output.stderr));
+    assert_eq!(path.metadata().unwrap().len(), FILE_SIZE);
 }
 
 #[test]
