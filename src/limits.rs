@@ -58,7 +58,7 @@ impl Descriptors {
     /// Sees to it that so many can be opened: raises the soft limit as far as that takes.
     pub fn make_room(self) -> anyhow::Result<()> {
         let limit = getrlimit(Resource::Nofile);
-        if let Some(raised) = raised(limit.clone(), self.count())? {
+        if let Some(raised) = raised(limit, self.count())? {
             setrlimit(Resource::Nofile, raised).context("cannot raise the limit of open files")?;
         }
         Ok(())

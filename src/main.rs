@@ -73,6 +73,7 @@ fn main() -> ExitCode {
         .without_time()
         .with_target(false)
         .init();
+    panics::listen();
     // A guest of a hosted partition has no files, and gives up all that a signal's handler takes.
     if !matches!(cli.command, Command::HostedGuest { .. })
         && let Err(error) = limits::outlive_file_size_limit()

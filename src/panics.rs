@@ -10,40 +10,61 @@ use std::thread;
 
 use hypervisor::{StopHandle, StopReason};
 
-/// The machine that runs.
-static RUNNING: Mutex<Option<StopHandle>> = Mutex::new(None);
+static STATE: Mutex<State> = Mutex::new(State { running: None, panicked: None });
 
-fn running() -> MutexGuard<'static, Option<StopHandle>> {
-    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+struct State {
+    /// The machine that runs.
+    running: Option<StopHandle>,
+    /// A thread that has panicked while none did.
+    panicked: Option<String>,
 }
 
-/// As long as this lives, a panic stops the machine.
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn reason(thread: &str) -> StopReason {
+    StopReason::Error(format!("the thread {thread} panicked"))
+}
+
+/// Has panics heard from now on.
+pub fn listen() {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            // First, as it may take for ever to print what has happened.
+            let thread = thread::current();
+            let name = thread.name().unwrap_or("without a name");
+            let mut state = state();
+            match &state.running {
+                Some(stop) => stop.stop(reason(name)),
+                None => state.panicked = Some(name.to_owned()),
+            }
+            drop(state);
+            hook(panic);
+        }));
+    });
+}
+
+/// As long as this lives, a panic stops the machine; one that was before does so at once.
 pub struct Watch(());
 
 impl Watch {
     /// Watches over the machine that `stop` stops.
     pub fn over(stop: StopHandle) -> Self {
-        static HOOK: Once = Once::new();
-        HOOK.call_once(|| {
-            let hook = std::panic::take_hook();
-            std::panic::set_hook(Box::new(move |panic| {
-                // First, as what says it may fail to be printed.
-                if let Some(stop) = &*running() {
-                    let thread = thread::current();
-                    let name = thread.name().unwrap_or("without a name");
-                    stop.stop(StopReason::Error(format!("the thread {name} panicked")));
-                }
-                hook(panic);
-            }));
-        });
-        *running() = Some(stop);
+        let mut state = state();
+        if let Some(thread) = &state.panicked {
+            stop.stop(reason(thread));
+        }
+        state.running = Some(stop);
         Self(())
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        *running() = None;
+        state().running = None;
     }
 }
 
@@ -52,17 +73,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_on_any_thread_ends_the_run_and_names_it() {
+    fn a_panic_on_any_thread_ends_the_run_or_the_next_and_is_named() {
+        listen();
+        let panic = || {
+            let thread = thread::Builder::new().name("bell".into());
+            assert!(thread.spawn(|| panic!("on purpose")).unwrap().join().is_err());
+        };
+        let ended = StopReason::Error("the thread bell panicked".into());
         let stop = StopHandle::default();
         let watch = Watch::over(stop.clone());
-        let thread = thread::Builder::new().name("bell".into());
-        let rings = thread.spawn(|| panic!("on purpose")).unwrap();
-        assert_eq!(stop.wait(), StopReason::Error("the thread bell panicked".into()));
-        assert!(rings.join().is_err());
-        // And no run after it.
+        panic();
+        assert_eq!(stop.wait(), ended);
         drop(watch);
-        let next = StopHandle::default();
-        assert!(thread::spawn(|| panic!("on purpose")).join().is_err());
-        assert!(!next.is_stopping());
+        let stop = StopHandle::default();
+        drop(Watch::over(stop.clone()));
+        assert!(!stop.is_stopping());
+        panic();
+        assert!(!stop.is_stopping(), "it is not watched over any more");
+        let stop = StopHandle::default();
+        let _watch = Watch::over(stop.clone());
+        assert_eq!(stop.wait(), ended);
     }
 }

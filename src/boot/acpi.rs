@@ -207,7 +207,8 @@ fn windows(pci: PciBus) -> Vec<(u16, u16)> {
     if pci.ide {
         for place in IdePlace::ALL {
             windows.push(range(place.command, IdePlace::PORTS));
-            windows.push(range(place.control, 1));
+            // A control block has four ports, of which one is used. Linux ignores a window of one.
+            windows.push(range(place.control - 2, 4));
         }
     }
     windows.sort_unstable();
@@ -359,7 +360,7 @@ mod tests {
     #[test]
     fn the_dsdt_promises_pci_functions_the_ports_where_they_are_found() {
         let always = [(0x600, 0x63f), (0x700, 0x70f), (0xc000, 0xffff)];
-        let with_ide = [(0x170, 0x177), (0x1f0, 0x1f7), (0x376, 0x376), (0x3f6, 0x3f6)];
+        let with_ide = [(0x170, 0x177), (0x1f0, 0x1f7), (0x374, 0x377), (0x3f4, 0x3f7)];
         let of = |pci| promised(dsdt(pci).as_slice());
         assert_eq!(of(None), []);
         assert_eq!(of(Some(PciBus { ide: false })), always);
