@@ -9,15 +9,18 @@ use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use backends::net::user;
 use backends::uring::Uring;
 use hypervisor::hosted::{Confinement, HostedPartition};
 use hypervisor::kvm::{self, HyperV, Irqchip, KvmPartition, PartitionConfig};
 use hypervisor::synic::{ConnectionId, HvStatus, MessageSink};
 use hypervisor::{
-    Bus, Device, Gpa, GuestMemory, Partition, PartitionError, StopHandle, StopReason,
+    Bus, Device, Gpa, GuestMemory, MemoryError, Partition, PartitionError, StopHandle, StopReason,
 };
 use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+use rustix::io::Errno;
 
+use crate::advice;
 use crate::boot::long_mode;
 use crate::builtin::ExitPort;
 use crate::print;
@@ -39,7 +42,7 @@ struct Finding {
     grade: Grade,
     subject: &'static str,
     found: String,
-    advice: Option<&'static str>,
+    advice: Option<String>,
 }
 
 impl Finding {
@@ -51,9 +54,9 @@ impl Finding {
         grade: Grade,
         subject: &'static str,
         found: impl Into<String>,
-        advice: &'static str,
+        advice: impl Into<String>,
     ) -> Self {
-        Self { grade, subject, found: found.into(), advice: Some(advice) }
+        Self { grade, subject, found: found.into(), advice: Some(advice.into()) }
     }
 }
 
@@ -67,6 +70,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         hosted(),
         io_uring(),
         tap(),
+        user_network(),
         landlock(),
         huge_pages(),
     ];
@@ -78,7 +82,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Grade::Bad => "MISS",
         };
         let _ = writeln!(report, "{mark}  {:<12} {}", finding.subject, finding.found);
-        if let Some(advice) = finding.advice {
+        if let Some(advice) = &finding.advice {
             let _ = writeln!(report, "{:18} -> {advice}", "");
         }
     }
@@ -99,12 +103,12 @@ pub fn run() -> anyhow::Result<ExitCode> {
 
 fn kvm() -> Finding {
     match kvm::open() {
-        Err(error) => Finding::lacking(
-            Grade::Bad,
-            "KVM",
-            error.to_string(),
-            "switch virtualization on in the firmware, or run the lab, which needs none",
-        ),
+        Err(error) => {
+            let advice = advice::on_partition(&error).unwrap_or_else(|| {
+                "see what the kernel's log (dmesg) says of KVM; the lab needs none".to_owned()
+            });
+            Finding::lacking(Grade::Bad, "KVM", format!("{:#}", anyhow::Error::new(error)), advice)
+        }
         Ok(kvm) => match kvm::lacking(&kvm, HyperV::Absent) {
             None => Finding::good("KVM", "/dev/kvm has all that a partition needs"),
             Some(what) => {
@@ -125,7 +129,13 @@ fn kernels() -> Finding {
             "KVM only emulates them, and lacks instructions that Linux needs",
             "use a host with VT-x or AMD-V; the built-in guest needs none",
         ),
-        Err(error) => Finding::lacking(Grade::Bad, subject, error.to_string(), "see KVM above"),
+        Err(error) => {
+            let see = match &error {
+                PartitionError::Memory(_) => "see guest memory below",
+                _ => "see KVM above",
+            };
+            Finding::lacking(Grade::Bad, subject, format!("{:#}", anyhow::Error::new(error)), see)
+        }
     }
 }
 
@@ -167,12 +177,15 @@ fn hosted() -> Finding {
             subject,
             format!("without KVM the built-in guest is confined by seccomp{}", by(confinement)),
         ),
-        Err(error) => Finding::lacking(
-            Grade::Fair,
-            subject,
-            format!("{error:#}"),
-            "allow seccomp filters; needed for the built-in guest without KVM only",
-        ),
+        Err(error) => {
+            let found = format!("{error:#}");
+            let advice = if found.contains("filter its system calls") {
+                "allow seccomp filters; needed for the built-in guest without KVM only"
+            } else {
+                "needed for the built-in guest without KVM only"
+            };
+            Finding::lacking(Grade::Fair, subject, found, advice)
+        }
     }
 }
 
@@ -260,14 +273,8 @@ fn io_uring() -> Finding {
             "without deferred task work",
             "Linux 6.1 or newer is faster",
         ),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Finding::lacking(
-            Grade::Bad,
-            subject,
-            "not permitted",
-            "set /proc/sys/kernel/io_uring_disabled to 0, or allow it in the container's profile",
-        ),
         Err(error) => {
-            Finding::lacking(Grade::Bad, subject, plain(&error), "use Linux 5.15 or newer")
+            Finding::lacking(Grade::Bad, subject, plain(&error), advice::on_io_uring(&error))
         }
     }
 }
@@ -280,7 +287,19 @@ fn tap() -> Finding {
             Grade::Fair,
             "tap",
             format!("/dev/net/tun: {}", plain(&error)),
-            "modprobe tun; guests can do without",
+            format!("{}; guests can do without", advice::on_device(&advice::TUN, &error)),
+        ),
+    }
+}
+
+fn user_network() -> Finding {
+    match user::installed() {
+        Some(path) => Finding::good("user network", format!("by {}", path.display())),
+        None => Finding::lacking(
+            Grade::Fair,
+            "user network",
+            "passt is not there",
+            "as root, run: apt install passt; needed for --nic backend=user only",
         ),
     }
 }
@@ -314,18 +333,27 @@ fn huge_pages() -> Finding {
             "allow user namespaces, or write advise to \
              /sys/kernel/mm/transparent_hugepage/shmem_enabled",
         ),
-        Err(error) => Finding::lacking(
-            Grade::Bad,
-            subject,
-            error.to_string(),
-            "allow memfd_create and shared mappings",
-        ),
+        Err(error) => {
+            let advice = match &error {
+                // What helps is in them.
+                MemoryError::FileSize { .. } | MemoryError::AddressSpace { .. } => {
+                    "guests take more than this trial's 4 MiB"
+                }
+                _ => "allow memfd_create and shared mappings",
+            };
+            Finding::lacking(
+                Grade::Bad,
+                subject,
+                format!("{:#}", anyhow::Error::new(error)),
+                advice,
+            )
+        }
     }
 }
 
 fn plain(error: &io::Error) -> String {
     match error.raw_os_error() {
-        Some(code) => rustix::io::Errno::from_raw_os_error(code).to_string(),
+        Some(code) => Errno::from_raw_os_error(code).to_string(),
         None => error.to_string(),
     }
 }

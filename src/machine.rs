@@ -22,10 +22,12 @@ use hypervisor::{
     StopReason, layout,
 };
 
-use crate::boot::{BuiltinBoot, LinuxBoot};
+use crate::advice;
+use crate::boot::{BuiltinBoot, LinuxBoot, PciBus};
 use crate::builtin::ExitPort;
 use crate::hosted;
 use crate::options::{IrqchipOption, PartitionOption, SynicOption};
+use crate::panics::Watch;
 
 /// What a machine is to have.
 #[derive(Clone)]
@@ -124,7 +126,9 @@ impl Guest {
         Ok(match self {
             Self::Linux { kernel, initrd, command_line } => {
                 let initrd = initrd.as_deref();
-                let (pci, prefers_vmbus) = (config.has_pci(), config.prefers_vmbus);
+                let ide = !config.ide.is_empty();
+                let pci = config.has_pci().then_some(PciBus { ide });
+                let prefers_vmbus = config.prefers_vmbus;
                 LinuxBoot { kernel, initrd, command_line, vps, pci, prefers_vmbus }.load(memory)?
             }
             Self::Builtin { work } => {
@@ -256,7 +260,7 @@ fn memory(config: &MachineConfig) -> anyhow::Result<GuestMemory> {
 fn broken_kvm(error: &anyhow::Error) -> Option<String> {
     match error.downcast_ref::<PartitionError>()? {
         PartitionError::VpCount { .. } | PartitionError::Memory(_) => None,
-        _ => Some(format!("{error:#}")),
+        _ => Some(advice::line(error)),
     }
 }
 
@@ -390,8 +394,10 @@ impl Machine {
         (Arc::clone(&self.ports), Arc::clone(&self.mmio))
     }
 
-    /// Runs the guest until it or somebody else stops it. `sink` takes the messages it posts.
+    /// Runs the guest until it, somebody else or a panic of this program's stops it. `sink` takes
+    /// the messages it posts.
     pub fn run(&mut self, sink: &Arc<dyn MessageSink>) -> StopReason {
+        let _watch = Watch::over(self.stop_handle());
         self.partition.run(&self.ports, &self.mmio, sink)
     }
 }

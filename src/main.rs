@@ -4,16 +4,20 @@
 //! operating system, [`network`] what its NICs are plugged into, [`run`] lets it run with all of them
 //! until it ends, [`demo`] shows all of it with
 //! the [`builtin`] guest, [`hosted`] is that guest where there is no KVM, and [`doctor`] looks at the
-//! host. An error is one line, and ends the program with 1.
+//! host. An error is one line, with what helps against it ([`advice`]), and ends the program with 1.
 
+mod advice;
 mod boot;
 mod builtin;
 mod demo;
 mod doctor;
 mod hosted;
+mod limits;
 mod machine;
 mod network;
 mod options;
+mod panics;
+mod restart;
 mod run;
 mod statistics;
 mod terminal;
@@ -33,7 +37,7 @@ use tracing_subscriber::EnvFilter;
     after_help = "\
 Examples:
   partita demo
-  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2"
+  partita run --kernel vmlinuz --initrd initrd.img --disk debian.img --memory 1G --cpus 2"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -69,6 +73,14 @@ fn main() -> ExitCode {
         .without_time()
         .with_target(false)
         .init();
+    panics::listen();
+    // A guest of a hosted partition has no files, and gives up all that a signal's handler takes.
+    if !matches!(cli.command, Command::HostedGuest { .. })
+        && let Err(error) = limits::outlive_file_size_limit()
+    {
+        eprintln!("partita: {error:#}");
+        return ExitCode::FAILURE;
+    }
     let ended = match cli.command {
         Command::Run(run) => run.run(),
         Command::Demo(demo) => demo.run(),
@@ -76,7 +88,7 @@ fn main() -> ExitCode {
         Command::Doctor => doctor::run(),
     };
     ended.unwrap_or_else(|error| {
-        eprintln!("partita: {error:#}");
+        eprintln!("partita: {}", advice::line(&error));
         ExitCode::FAILURE
     })
 }

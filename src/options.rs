@@ -2,7 +2,8 @@
 //! ([`mod@switch`]), the serial port, the partition and its SynIC.
 //!
 //! A list value such as `path=a.img,readonly=on` is `key=value` pairs parted by commas; a comma
-//! in a value is written twice. Every refusal says what was wrong and what would be right.
+//! in a value is written twice. The first pair may do without its key if that is the one that has to
+//! be there: `a.img,readonly=on`. Every refusal says what was wrong and what would be right.
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -34,6 +35,18 @@ pub enum OptionError {
         key: String,
         /// Those that would do.
         known: &'static str,
+    },
+    /// A first part whose key is none, and which may be meant as a value with an equals sign.
+    #[error(
+        "unknown key '{key}'; known are {known}; a value with '=' in it is written {first}=VALUE"
+    )]
+    NeitherKeyNorValue {
+        /// What is before the equals sign.
+        key: String,
+        /// The keys that would do.
+        known: &'static str,
+        /// The key of a value that stands alone.
+        first: &'static str,
     },
     /// A key that came twice.
     #[error("'{0}' is given twice")]
@@ -69,18 +82,56 @@ pub enum OptionError {
     },
 }
 
-/// Parts a list value that describes a disk into its keys and values.
-fn pairs(list: &str) -> Result<Vec<(String, String)>, OptionError> {
-    pairs_with(list, "a disk is written path=FILE", &[])
+/// How one option's list value is written.
+struct List {
+    /// How it begins, for messages.
+    written: &'static str,
+    /// The key that its first part may stand without, as in `a.img,readonly=on`.
+    first: &'static str,
+    /// All keys, parted by a comma and a space.
+    known: &'static str,
+    /// Those that may come more than once.
+    repeated: &'static [&'static str],
 }
 
-/// Parts a list value into its keys and values. `written` says how one begins; a key in `repeated`
-/// may come more than once.
-fn pairs_with(
-    list: &str,
-    written: &'static str,
-    repeated: &[&str],
-) -> Result<Vec<(String, String)>, OptionError> {
+impl List {
+    /// Parts a value into its keys and values.
+    fn pairs(&self, list: &str) -> Result<Vec<(String, String)>, OptionError> {
+        let mut pairs: Vec<(String, String)> = Vec::new();
+        for (index, part) in parts(list).into_iter().enumerate() {
+            let (key, value) = match part.split_once('=') {
+                _ if index == 0 && self.lacks_its_key(&part) => (self.first, part.as_str()),
+                Some((key, _)) if index == 0 && !self.knows(key) => {
+                    let (key, known, first) = (key.to_owned(), self.known, self.first);
+                    return Err(OptionError::NeitherKeyNorValue { key, known, first });
+                }
+                Some(pair) => pair,
+                None => return Err(OptionError::NoValue { part, written: self.written }),
+            };
+            if pairs.iter().any(|(other, _)| other == key) && !self.repeated.contains(&key) {
+                return Err(OptionError::Twice(key.to_owned()));
+            }
+            pairs.push((key.to_owned(), value.to_owned()));
+        }
+        Ok(pairs)
+    }
+
+    /// Whether a part is the first key's value. What could be a key is none: its value has been
+    /// forgotten, or it is misspelt. No key has a slash in it, but paths have.
+    fn lacks_its_key(&self, part: &str) -> bool {
+        match part.split_once('=') {
+            None => !part.is_empty() && !self.knows(part),
+            Some((key, _)) => key.contains('/'),
+        }
+    }
+
+    fn knows(&self, key: &str) -> bool {
+        self.known.split(", ").any(|known| known == key)
+    }
+}
+
+/// A list value's parts.
+fn parts(list: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = list.chars().peekable();
     while let Some(c) = chars.next() {
@@ -92,17 +143,7 @@ fn pairs_with(
             parts.push(String::new());
         }
     }
-    let mut pairs: Vec<(String, String)> = Vec::new();
-    for part in parts {
-        let (key, value) = part
-            .split_once('=')
-            .ok_or_else(|| OptionError::NoValue { part: part.clone(), written })?;
-        if pairs.iter().any(|(other, _)| other == key) && !repeated.contains(&key) {
-            return Err(OptionError::Twice(key.to_owned()));
-        }
-        pairs.push((key.to_owned(), value.to_owned()));
-    }
-    Ok(pairs)
+    parts
 }
 
 /// A number of bytes, written `4096`, `64K`, `512M` or `4G`; the units are powers of 1024.
@@ -167,6 +208,13 @@ pub struct DiskOption {
 /// The keys of `--disk`, for messages and help.
 const DISK_KEYS: &str = "path, attach, controller, lun, channel, device, readonly, direct, id";
 
+const DISK: List = List {
+    written: "a disk is written [path=]FILE",
+    first: "path",
+    known: DISK_KEYS,
+    repeated: &[],
+};
+
 /// Controllers that `controller=` can name.
 pub const CONTROLLERS: u8 = 4;
 
@@ -190,7 +238,7 @@ impl FromStr for DiskOption {
             id: None,
         };
         let mut scsi_only = None;
-        for (key, value) in pairs(s)? {
+        for (key, value) in DISK.pairs(s)? {
             match key.as_str() {
                 "path" if !value.is_empty() => path = Some(PathBuf::from(value)),
                 "path" => return Err(OptionError::Missing("path")),
@@ -363,6 +411,31 @@ impl FromStr for IrqchipOption {
     }
 }
 
+/// What a guest's reset leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetOption {
+    /// It starts again.
+    Restart,
+    /// The program ends.
+    Exit,
+}
+
+impl FromStr for ResetOption {
+    type Err = OptionError;
+
+    fn from_str(s: &str) -> Result<Self, OptionError> {
+        match s {
+            "restart" => Ok(Self::Restart),
+            "exit" => Ok(Self::Exit),
+            _ => Err(OptionError::Value {
+                key: "on-reset",
+                value: s.to_owned(),
+                allowed: "restart or exit",
+            }),
+        }
+    }
+}
+
 /// What a guest runs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartitionOption {
@@ -428,11 +501,42 @@ mod tests {
     }
 
     #[test]
+    fn a_path_alone_is_a_disk() {
+        let disk = |s: &str| s.parse::<DiskOption>().unwrap();
+        for (alone, whole) in [
+            ("d.img", "path=d.img"),
+            ("/dev/sdb", "path=/dev/sdb"),
+            ("d.img,readonly=on,lun=3", "path=d.img,readonly=on,lun=3"),
+            ("a,,b.img", "path=a,,b.img"),
+            ("./readonly", "path=./readonly"),
+            ("/a=b/c=d.img,id=x", "path=/a=b/c=d.img,id=x"),
+            ("path=a=b.img", "id=x,path=a=b.img"),
+        ] {
+            let (alone, mut whole) = (disk(alone), disk(whole));
+            whole.id.clone_from(&alone.id);
+            assert_eq!(alone, whole);
+        }
+        assert_eq!(disk("path=a=b.img").path, PathBuf::from("a=b.img"));
+    }
+
+    #[test]
     fn refusals_say_what_would_be_right() {
         let message = |s: &str| s.parse::<DiskOption>().unwrap_err().to_string();
+        let known = "path, attach, controller, lun, channel, device, readonly, direct, id";
+        let written = "is not KEY=VALUE; a disk is written [path=]FILE[,KEY=VALUE]…";
+        assert_eq!(message("readonly=on,a.img"), format!("'a.img' {written}"));
+        assert_eq!(message("a.img,readonly"), format!("'readonly' {written}"));
+        assert_eq!(message("a.img,"), format!("'' {written}"));
+        assert_eq!(message(",readonly=on"), format!("'' {written}"));
+        // A file of that name, or a key whose value was forgotten?
+        assert_eq!(message("readonly"), format!("'readonly' {written}"));
+        assert_eq!(message("a.img,path=b.img"), "'path' is given twice");
+        // A file of that name, or a key that there is not?
         assert_eq!(
-            message("a.img"),
-            "'a.img' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…"
+            message("a=b.img"),
+            format!(
+                "unknown key 'a'; known are {known}; a value with '=' in it is written path=VALUE"
+            )
         );
         assert_eq!(message("readonly=on"), "'path' is missing; write path=VALUE");
         assert_eq!(message("path=a,path=b"), "'path' is given twice");
@@ -443,8 +547,7 @@ mod tests {
         assert_eq!(message("path=a,lun=64"), "lun=64 is not possible; lun is 0 to 63");
         assert_eq!(
             message("path=a,colour=red"),
-            "unknown key 'colour'; known are path, attach, controller, lun, channel, device, \
-             readonly, direct, id"
+            format!("unknown key 'colour'; known are {known}")
         );
         assert_eq!(message("path=a,attach=ide,lun=0"), "'lun' goes with attach=scsi only");
         assert_eq!(message("path=a,attach=ide+scsi,lun=0"), "'lun' goes with attach=scsi only");
@@ -457,7 +560,7 @@ mod tests {
             message("path=a,attach=ide,channel=2"),
             "channel=2 is not possible; channel is 0 or 1"
         );
-        assert_eq!(message(""), "'' is not KEY=VALUE; a disk is written path=FILE[,KEY=VALUE]…");
+        assert_eq!(message(""), format!("'' {written}"));
     }
 
     #[test]
@@ -473,6 +576,14 @@ mod tests {
         assert_eq!("user".parse(), Ok(IrqchipOption::User));
         let refused = "split".parse::<IrqchipOption>().unwrap_err().to_string();
         assert_eq!(refused, "irqchip=split is not possible; irqchip is kernel or user");
+    }
+
+    #[test]
+    fn resets() {
+        assert_eq!("restart".parse(), Ok(ResetOption::Restart));
+        assert_eq!("exit".parse(), Ok(ResetOption::Exit));
+        let refused = "halt".parse::<ResetOption>().unwrap_err().to_string();
+        assert_eq!(refused, "on-reset=halt is not possible; on-reset is restart or exit");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use backends::block::Disk;
@@ -21,13 +22,16 @@ use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
 use vsp::storvsp::{Controller, ControllerBuilder};
 
+use crate::limits::{self, Descriptors};
 use crate::machine::{Guest, Machine, MachineConfig};
 use crate::network::{self, Plugged};
-use crate::options::nic::NicOption;
+use crate::options::nic::{NicAttach, NicOption};
 use crate::options::switch::SwitchOption;
 use crate::options::{
-    Attach, DiskOption, IrqchipOption, PartitionOption, SerialOption, Size, SynicOption,
+    Attach, DiskOption, IrqchipOption, PartitionOption, ResetOption, SerialOption, Size,
+    SynicOption,
 };
+use crate::restart::{self, Cause, Restarts};
 use crate::statistics::{NicStatistics, Statistics};
 use crate::terminal::Console;
 
@@ -35,8 +39,8 @@ use crate::terminal::Console;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  partita run --kernel vmlinuz --initrd initrd.img --disk path=debian.img --memory 1G --cpus 2
-  partita run --kernel vmlinuz --disk path=a.img --disk path=b.img,readonly=on,lun=5 \\
+  partita run --kernel vmlinuz --initrd initrd.img --disk debian.img --memory 1G --cpus 2
+  partita run --kernel vmlinuz --disk a.img --disk b.img,readonly=on,lun=5 \\
       --cmdline 'console=ttyS0 root=/dev/sda1' --serial file:console.log
   partita run --kernel vmlinuz --initrd initrd.img --nic backend=tap:tap0,mac=52:54:00:12:34:56
   partita run --kernel vmlinuz --initrd initrd.img --nic backend=switch:lan \\
@@ -44,10 +48,12 @@ Examples:
   partita run --builtin 'identify; bench rw=read bs=4k depth=32 time=2s' --disk path=a.img
   partita run --builtin 'exchange len=64' --nic backend=switch:a --nic backend=switch:a
 
-Disks take path=PATH and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
+Disks take path=PATH, or just PATH, and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
 attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. With
 attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes:
 the first that writes owns the disk. A comma in a value is written twice.
+
+In the same way, a NIC's backend and a switch's name may come first without a key.
 
 NICs take backend=tap:NAME, backend=switch:NAME with vlan=1..4094 and isolated=on|off, or backend=user
 with hostfwd=tcp|udp:[ADDRESS:]PORT[-GUESTPORT]; and all of them mac=ADDRESS, mtu=68..9000,
@@ -81,7 +87,7 @@ pub struct Run {
     #[arg(long, value_name = "STRING", default_value = "console=ttyS0 panic=-1")]
     cmdline: String,
     /// Instead of a kernel, the guest that partita carries: what it shall do
-    #[arg(long, value_name = "WORK", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    #[arg(long, value_name = "WORK", conflicts_with_all = ["kernel", "initrd", "cmdline", "on_reset"])]
     builtin: Option<String>,
     /// Memory, such as 512M or 4G
     #[arg(long, value_name = "SIZE", default_value = "512M")]
@@ -89,7 +95,7 @@ pub struct Run {
     /// Virtual processors
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// A disk: path=PATH[,KEY=VALUE]…; may be given several times
+    /// A disk: PATH or path=PATH[,KEY=VALUE]…; may be given several times
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskOption>,
     /// A CD-ROM drive with this ISO image in it, on the IDE controller; may be given several times
@@ -117,10 +123,17 @@ pub struct Run {
     /// them leaves the kernel
     #[arg(long, value_name = "WHO", default_value = "kernel")]
     irqchip: IrqchipOption,
+    /// What a reset of the guest leads to, a panicking kernel's with panic=-1 too: restart, at once
+    /// or, if it resets again and again, after a pause; or exit, with status 2
+    #[arg(long, value_name = "WHAT", default_value = "restart")]
+    on_reset: ResetOption,
     /// Print what was counted when the guest has ended
     #[arg(long)]
     stats: bool,
 }
+
+/// How a run ends that somebody wanted to end.
+const STOPPED: &str = "stopped before the guest powered off";
 
 /// The least memory that anything boots in.
 const LEAST_MEMORY: u64 = 32 << 20;
@@ -157,9 +170,29 @@ struct OnVmbus {
 }
 
 impl Run {
+    /// As many as the guest can have opened for it, if it opens every channel that it is offered.
+    fn descriptors(&self) -> Descriptors {
+        let vps = u64::from(self.cpus);
+        let on_vmbus = |disk: &&DiskOption| disk.attach != Attach::Ide;
+        // At most a controller for each disk.
+        let controllers = self.disk.iter().filter(on_vmbus).count() as u64;
+        let queues = |nic: &NicOption| match nic.attach {
+            NicAttach::Netvsc => nic.queues.map_or(vps, u64::from),
+            NicAttach::E1000 => 1,
+        };
+        let queues: u64 = self.nic.iter().map(queues).sum();
+        Descriptors {
+            vps,
+            disks: (self.disk.len() + self.cdrom.len()) as u64,
+            channels: controllers * vps + queues,
+            queues: queues + self.switch.len() as u64,
+        }
+    }
+
     /// Runs the guest until it powers off.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let builtin = self.builtin.is_some();
+        let descriptors = self.descriptors();
         let guest = match (self.builtin, self.kernel) {
             (Some(work), _) => {
                 if let Some(error) = work::parse(&work).find_map(Result::err) {
@@ -178,6 +211,10 @@ impl Run {
         }
         if !memory.is_multiple_of(4096) {
             bail!("--memory: {memory} bytes is not a multiple of 4096");
+        }
+        descriptors.make_room()?;
+        if descriptors.needs_io_uring() {
+            limits::try_io_uring()?;
         }
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
@@ -210,6 +247,7 @@ impl Run {
         };
         let mut console = None;
         let mut serial_file = None;
+        let mut restarts = Restarts::default();
         loop {
             // The serial port's file is made when all else has worked.
             let mut machine = Machine::new(&config, || serial(&self.serial, &mut serial_file))?;
@@ -220,7 +258,8 @@ impl Run {
                     let why = kind.without_kvm().map(|why| format!("; {why}")).unwrap_or_default();
                     eprintln!("partita: the guest runs in {kind}{why}");
                 }
-                console = Some(Console::new(self.serial == SerialOption::Stdio)?);
+                let stdio = self.serial == SerialOption::Stdio;
+                console = Some(Console::new(stdio).context("cannot listen to the user")?);
             }
             let console = console.as_ref().expect("just made");
 
@@ -241,7 +280,13 @@ impl Run {
             let switches = networks.switches.clone();
             let statistics = Arc::new(Statistics::new(&machine, host, nic_counters, switches));
             console.attach(&machine, &statistics);
+            // Said between two machines, it was said to none.
+            if console.wants_end() {
+                machine.stop_handle().stop(StopReason::Stopped);
+            }
+            let started = Instant::now();
             let reason = machine.run(&sink);
+            let lived = started.elapsed();
             let status = machine.exit_status();
             console.detach();
             if self.stats {
@@ -250,7 +295,7 @@ impl Run {
             // With them goes the bus: its channels are closed and their I/O has ended.
             drop(statistics);
             drop(machine);
-            match reason {
+            let cause = match reason {
                 StopReason::PowerOff => {
                     let status = status.unwrap_or(0);
                     return Ok(u8::try_from(status).unwrap_or(u8::MAX).into());
@@ -258,9 +303,15 @@ impl Run {
                 StopReason::Reset | StopReason::TripleFault if builtin => {
                     bail!("the built-in guest broke down");
                 }
-                StopReason::Reset | StopReason::TripleFault => {}
-                StopReason::Stopped => bail!("stopped before the guest powered off"),
+                StopReason::Reset => Cause::Asked,
+                StopReason::TripleFault => Cause::BrokeDown,
+                StopReason::Stopped => bail!(STOPPED),
                 StopReason::Error(what) => bail!(what),
+            };
+            match self.on_reset {
+                ResetOption::Exit => return Ok(restart::end(cause)),
+                ResetOption::Restart if restarts.wait(cause, lived, console) => {}
+                ResetOption::Restart => bail!(STOPPED),
             }
         }
     }

@@ -39,6 +39,7 @@ struct Shared {
     machine: Option<Ends>,
     last_interrupt: Option<Instant>,
     power_button_pressed: bool,
+    stopped: bool,
 }
 
 /// What of a machine the user reaches.
@@ -77,7 +78,8 @@ impl Shared {
         }
     }
 
-    fn stop(&self) {
+    fn stop(&mut self) {
+        self.stopped = true;
         if let Some(machine) = &self.machine {
             machine.stop.stop(StopReason::Stopped);
         }
@@ -128,6 +130,12 @@ impl Console {
             statistics: Arc::clone(statistics),
         };
         lock(&self.shared).machine = Some(ends);
+    }
+
+    /// Whether somebody wants the run to end, so that no other machine is to follow.
+    pub fn wants_end(&self) -> bool {
+        let shared = lock(&self.shared);
+        shared.power_button_pressed || shared.stopped
     }
 
     /// The machine is gone.

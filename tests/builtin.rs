@@ -1,27 +1,18 @@
 //! The built-in guest in real partitions: a virtual machine's, where there is a KVM, and a hosted
 //! one.
 
+mod common;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
+use common::partitions;
 use tempfile::TempDir;
 
 fn partita(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_partita")).args(arguments).output().unwrap()
-}
-
-/// What there is here for guests to run in, as `--partition` has it.
-fn partitions() -> &'static [&'static str] {
-    let kvm = hypervisor::kvm::open().is_ok_and(|kvm| {
-        let interface = hypervisor::kvm::preferred_hyper_v(&kvm);
-        hypervisor::kvm::lacking(&kvm, interface).is_none()
-    });
-    if !kvm {
-        eprintln!("skipped with kvm: there is none here that can run the built-in guest");
-    }
-    if kvm { &["kvm", "hosted"] } else { &["hosted"] }
 }
 
 /// What a run that ended well printed.

@@ -165,11 +165,16 @@ fn options() {
     assert!(refusal(&["run", "--kernel", "k", "--memory", "1M"]).contains("too little"));
     assert!(refusal(&["run", "--kernel", "k", "--memory", "lots"]).contains("not a size"));
     assert!(refusal(&["run", "--kernel", "k", "--frobnicate"]).contains("--frobnicate"));
-    assert!(refusal(&["run", "--kernel", "k", "--disk", "a.img"]).contains("path"));
+    let line = refusal(&["run", "--kernel", "k", "--disk", "/nonexistent/a.img"]);
+    assert_eq!(line, "disk image /nonexistent/a.img does not exist");
+    assert!(refusal(&["run", "--kernel", "k", "--disk", "a=b.img"]).contains("path=VALUE"));
     assert!(refusal(&["run"]).contains("--kernel"));
     assert!(refusal(&["fly"]).contains("fly"));
     assert!(refusal(&["run", "--kernel", "k", "--serial", "tty"]).contains("stdio, null or file:"));
     assert!(refusal(&["run", "--kernel", "k", "--synic", "both"]).contains("auto, kernel or user"));
+    assert!(refusal(&["run", "--kernel", "k", "--on-reset", "halt"]).contains("restart or exit"));
+    let line = refusal(&["run", "--builtin", "identify", "--on-reset", "exit"]);
+    assert!(line.contains("--builtin") && line.contains("--on-reset"), "{line}");
 }
 
 #[test]

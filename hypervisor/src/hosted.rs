@@ -34,7 +34,7 @@ pub use processor::Processor;
 use synic::{HostedSynic, lend};
 use wire::Order;
 
-use crate::partition::Partition;
+use crate::partition::{Partition, StopOnPanic};
 use crate::synic::{MessageSink, Synic};
 use crate::{
     Bus, ExitCounters, GuestMemory, InterruptLine, PartitionError, StopHandle, StopReason,
@@ -217,14 +217,18 @@ impl Partition for HostedPartition {
         let (ports, mmio, sink) = (Arc::clone(ports), Arc::clone(mmio), Arc::clone(sink));
         let (stop, child) = (self.stop.clone(), Arc::clone(&self.child));
         let builder = std::thread::Builder::new().name("vp0".to_owned());
-        let spawned = builder.spawn(move || match vp.serve(&ports, &mmio, &*sink) {
-            Ok(vp::Ended::Stopped) => {}
-            Ok(vp::Ended::Gone) if stop.is_stopping() => {}
-            Ok(vp::Ended::Gone) => {
-                let status = ended(&mut lock(&child));
-                stop.stop(StopReason::Error(post_mortem(status)));
+        let spawned = builder.spawn(move || {
+            // A device's panic too is the end.
+            let _guard = StopOnPanic(stop.clone());
+            match vp.serve(&ports, &mmio, &*sink) {
+                Ok(vp::Ended::Stopped) => {}
+                Ok(vp::Ended::Gone) if stop.is_stopping() => {}
+                Ok(vp::Ended::Gone) => {
+                    let status = ended(&mut lock(&child));
+                    stop.stop(StopReason::Error(post_mortem(status)));
+                }
+                Err(error) => stop.stop(StopReason::Error(error.to_string())),
             }
-            Err(error) => stop.stop(StopReason::Error(error.to_string())),
         });
         let thread = match spawned {
             Ok(thread) => Some(thread),
@@ -236,8 +240,9 @@ impl Partition for HostedPartition {
         let reason = self.stop.wait();
         // With the process ends the thread's wait for its messages.
         end(&mut lock(&self.child));
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("a virtual processor's thread panicked");
+        if let Some(thread) = thread {
+            // If it panicked, that is the reason already, or came after it.
+            let _ = thread.join();
         }
         reason
     }

@@ -111,9 +111,14 @@ fn call<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> PartitionEr
 /// Opens /dev/kvm and sees whether it has what every partition needs.
 pub fn open() -> Result<Kvm, PartitionError> {
     let kvm = Kvm::new().map_err(|error| match io::Error::from(error) {
-        e if e.kind() == io::ErrorKind::NotFound => PartitionError::NoKvm,
-        e if e.kind() == io::ErrorKind::PermissionDenied => PartitionError::NoPermission,
-        source => PartitionError::Call { what: "cannot open /dev/kvm", source },
+        source if source.kind() == io::ErrorKind::PermissionDenied => {
+            PartitionError::NoPermission { source }
+        }
+        // A file may be there without a driver, and have one loaded when it is opened.
+        source => match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => PartitionError::NoKvm { source },
+            _ => PartitionError::Call { what: "cannot open /dev/kvm", source },
+        },
     })?;
     let version = kvm.get_api_version();
     if version < 0 {
@@ -394,9 +399,8 @@ fn stop_all(threads: Vec<JoinHandle<()>>) {
         thread.kill(kick::signal()).expect("the signal exists, and the thread is not joined");
     }
     for thread in threads {
-        if thread.join().is_err() {
-            tracing::error!("a virtual processor's thread panicked");
-        }
+        // If it panicked, that is the reason already, or came after it.
+        let _ = thread.join();
     }
 }
 

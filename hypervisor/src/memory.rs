@@ -82,6 +82,21 @@ pub enum MemoryError {
         /// What the host said.
         source: io::Error,
     },
+    /// Guest memory is a file, and the process may not make one so large.
+    #[error(
+        "cannot allocate {size} bytes of guest memory, which is a file; raise the limit for file \
+         sizes (ulimit -f)"
+    )]
+    FileSize {
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// The process may not have so many addresses.
+    #[error("cannot map {size} bytes of guest memory; raise the limit for addresses (ulimit -v)")]
+    AddressSpace {
+        /// Bytes asked for.
+        size: u64,
+    },
     /// The memory could not be mapped here.
     #[error("cannot map {size} bytes of guest memory")]
     Map {
@@ -123,7 +138,10 @@ impl GuestMemory {
             return Err(MemoryError::Size(size));
         }
         let (file, backing) =
-            backing::allocate(size).map_err(|source| MemoryError::Allocate { size, source })?;
+            backing::allocate(size).map_err(|source| match source.raw_os_error() {
+                Some(libc::EFBIG) => MemoryError::FileSize { size },
+                _ => MemoryError::Allocate { size, source },
+            })?;
         let file = Arc::new(file);
         let low_len = size.min(layout::HOLE_START.0);
         let high_len = size - low_len;
@@ -158,7 +176,14 @@ impl GuestMemory {
                 let offset = FileOffset::from_arc(Arc::clone(file), file_offset);
                 MmapRegion::from_file(offset, len)
             })
-            .map_err(|source| MemoryError::Map { size: len, source })?;
+            .map_err(|source| match &source {
+                MmapRegionError::Mmap(error)
+                    if error.raw_os_error() == Some(libc::ENOMEM) && address_space_is_limited() =>
+                {
+                    MemoryError::AddressSpace { size: len }
+                }
+                _ => MemoryError::Map { size: len, source },
+            })?;
         let host = region.as_ptr();
         backing.advise(host, region.size());
         regions.push(
@@ -272,6 +297,11 @@ impl std::fmt::Debug for GuestMemory {
             .field("backing", &self.backing())
             .finish()
     }
+}
+
+/// Whether the process has a limit for that (`RLIMIT_AS`).
+fn address_space_is_limited() -> bool {
+    rustix::process::getrlimit(rustix::process::Resource::As).current.is_some()
 }
 
 #[cfg(test)]

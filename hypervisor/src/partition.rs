@@ -13,11 +13,17 @@ use crate::{Bus, Gpa, GuestMemory, MemoryError, VpIndex};
 #[derive(Debug, thiserror::Error)]
 pub enum PartitionError {
     /// The host has no KVM.
-    #[error("/dev/kvm does not exist: load kvm-intel or kvm-amd, and enable virtualization")]
-    NoKvm,
+    #[error("there is no /dev/kvm")]
+    NoKvm {
+        /// What the host said.
+        source: std::io::Error,
+    },
     /// It has one, but not for us.
-    #[error("no permission to open /dev/kvm: join its group (often kvm), or run as root")]
-    NoPermission,
+    #[error("no permission to open /dev/kvm")]
+    NoPermission {
+        /// What the host said.
+        source: std::io::Error,
+    },
     /// KVM speaks another version of its interface.
     #[error("/dev/kvm has API version {0}, and 12 is needed")]
     ApiVersion(i32),
@@ -102,6 +108,17 @@ pub enum StopReason {
 #[derive(Clone, Default)]
 pub struct StopHandle {
     shared: Arc<StopShared>,
+}
+
+/// Ends the run if the thread that holds it panics: whoever waits for that thread would wait for ever.
+pub(crate) struct StopOnPanic(pub(crate) StopHandle);
+
+impl Drop for StopOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
+        }
+    }
 }
 
 #[derive(Default)]

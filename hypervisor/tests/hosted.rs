@@ -72,6 +72,7 @@ const TESTS: &[Test] = &tests!(
     nobody_is_killed,
     descriptors_keep_their_flags,
     only_events_are_written,
+    a_device_that_panics_ends_the_run,
 );
 
 fn main() -> ExitCode {
@@ -699,4 +700,23 @@ fn map_code() -> rustix::io::Result<()> {
     // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
     unsafe { mmap_anonymous(std::ptr::null_mut(), 4096, protection, MapFlags::PRIVATE) }?;
     Ok(())
+}
+
+/// The guest's process lives then, and waits for its answer.
+mod a_device_that_panics_ends_the_run {
+    use super::*;
+
+    pub(super) fn root(partition: HostedPartition) {
+        let (done, over) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let _ = done.send(failure(partition, |_| panic!("a device's mistake, on purpose")));
+        });
+        let line = over.recv_timeout(Duration::from_secs(60)).expect("the run never ends");
+        assert!(line.contains("panicked"), "{line}");
+    }
+
+    pub(super) fn guest(guest: &Guest) {
+        guest.step(1);
+        guest.end();
+    }
 }

@@ -43,7 +43,7 @@ fn partition_and_state(vps: u32, code: &[u8]) -> Option<(KvmPartition, BootState
     };
     let partition = match KvmPartition::new(&config) {
         Ok(partition) => partition,
-        Err(PartitionError::NoKvm | PartitionError::NoPermission) => {
+        Err(PartitionError::NoKvm { .. } | PartitionError::NoPermission { .. }) => {
             eprintln!("skipped: no KVM here");
             return None;
         }
@@ -204,7 +204,7 @@ fn too_many_processors_are_refused() {
         };
         match KvmPartition::new(&config) {
             Err(PartitionError::VpCount { asked, .. }) => assert_eq!(asked, vps),
-            Err(PartitionError::NoKvm | PartitionError::NoPermission) => return,
+            Err(PartitionError::NoKvm { .. } | PartitionError::NoPermission { .. }) => return,
             Err(error) => panic!("{error}"),
             Ok(_) => panic!("{vps} processors"),
         }

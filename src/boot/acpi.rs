@@ -14,8 +14,8 @@ use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use emulators::pci::{self, ConfigPorts};
-use emulators::{PmBlock, ResetRegister, Rtc, SLEEP_TYPE_S5, Uart};
+use emulators::pci::{self, ConfigPorts, IoWindow};
+use emulators::{IdePlace, PmBlock, ResetRegister, Rtc, SLEEP_TYPE_S5, SmBus, Uart};
 use hypervisor::{Gpa, GuestMemory, MemoryError, layout};
 
 /// Where a BIOS would have them, and where guests look when nobody tells them.
@@ -23,13 +23,28 @@ const TABLES: Gpa = Gpa(0xe_0000);
 /// Up to where the SMBIOS tables may be.
 const TABLES_SIZE: usize = 0x1_0000;
 
+/// Ports that a PIIX4's power management has by its datasheet, though the most of them do nothing
+/// here. Who knows the chip takes them as its own, however few a machine uses.
+const PIIX4_PM_PORTS: u16 = 64;
+
 const OEM_ID: [u8; 6] = *b"PARTIT";
 const OEM_TABLE_ID: [u8; 8] = *b"PARTITA ";
 const OEM_REVISION: u32 = 1;
 
+/// A machine's PCI bus, as far as the tables have to know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciBus {
+    /// Whether it has an IDE controller.
+    pub ide: bool,
+}
+
 /// Writes the tables for `vps` processors, and a PCI bus if there is one. Returns where the root
 /// pointer is.
-pub(super) fn write(memory: &GuestMemory, vps: u32, pci: bool) -> Result<Gpa, MemoryError> {
+pub(super) fn write(
+    memory: &GuestMemory,
+    vps: u32,
+    pci: Option<PciBus>,
+) -> Result<Gpa, MemoryError> {
     let tables = build(vps, pci);
     debug_assert!(tables.len() <= TABLES_SIZE);
     memory.write(TABLES, &tables)?;
@@ -37,7 +52,7 @@ pub(super) fn write(memory: &GuestMemory, vps: u32, pci: bool) -> Result<Gpa, Me
 }
 
 /// All tables as they lie at [`TABLES`], the root pointer first.
-fn build(vps: u32, pci: bool) -> Vec<u8> {
+fn build(vps: u32, pci: Option<PciBus>) -> Vec<u8> {
     // Tables name each other by address, so each is placed before those that name it.
     let mut image = vec![0; Rsdp::len()];
     let mut place = |table: &[u8]| {
@@ -49,7 +64,7 @@ fn build(vps: u32, pci: bool) -> Vec<u8> {
     let facs = place(&bytes(&FACS::new()));
     let dsdt = place(dsdt(pci).as_slice());
     let fadt = place(&fadt(facs, dsdt));
-    let madt = place(madt(vps, pci).as_slice());
+    let madt = place(madt(vps, pci.is_some()).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -83,6 +98,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     };
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .flag(Flags::Wbinvd)
+        .flag(Flags::ProcC1) // every processor can sleep by HLT, which no system has to be told twice
         .flag(Flags::SlpButton) // no fixed sleep button
         .flag(Flags::TmrValExt) // the timer has 32 bits
         .flag(Flags::ResetRegSup);
@@ -97,7 +113,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     fadt.x_pm1a_cnt_blk = register(PmBlock::CONTROL, 16, AccessSize::WordAccess);
     fadt.x_pm_tmr_blk = register(PmBlock::TIMER, 32, AccessSize::DwordAccess);
     (fadt.pm1_evt_len, fadt.pm1_cnt_len, fadt.pm_tmr_len) = (4, 2, 4);
-    // Latencies this large say that there are no such processor states.
+    // Latencies this large, of more than 100 and 1000 us, say that there are no such processor states.
     (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (0xfff.into(), 0xffff.into());
     fadt.century = Rtc::CENTURY;
     fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA).into();
@@ -140,7 +156,7 @@ fn madt(vps: u32, pci: bool) -> Sdt {
 }
 
 /// The devices: the VMBus, COM1, and the PCI bus if there is one.
-fn dsdt(pci: bool) -> Sdt {
+fn dsdt(pci: Option<PciBus>) -> Sdt {
     let mut dsdt = table(*b"DSDT", 2);
     let mut add = |term: &dyn Aml| dsdt.append_slice(&bytes(term));
 
@@ -172,15 +188,36 @@ fn dsdt(pci: bool) -> Sdt {
     let com1 = Device::new("COM1".into(), vec![&com1_hid, &com1_uid, &com1_resources]);
 
     add(&Scope::new("_SB_".into(), vec![&vmbus, &com1]));
-    if pci {
-        add_pci(&mut add);
+    if let Some(pci) = pci {
+        add_pci(&mut add, pci);
     }
     dsdt
 }
 
-/// The PCI bus: its configuration ports are its own, all other ports and a window of memory go
+/// The first and the last of each range of ports that go through to the bus's devices: to where they
+/// may be moved, and to where the PIIX4's functions are for good. Elsewhere a function that a guest
+/// moves would not be found, so that no more is promised.
+fn windows(pci: PciBus) -> Vec<(u16, u16)> {
+    let range = |first: u16, ports: u16| (first, first + (ports - 1));
+    let mut windows = vec![
+        range(PmBlock::PORT, PIIX4_PM_PORTS),
+        range(SmBus::PORT, SmBus::PORTS),
+        range(IoWindow::PORT, IoWindow::PORTS),
+    ];
+    if pci.ide {
+        for place in IdePlace::ALL {
+            windows.push(range(place.command, IdePlace::PORTS));
+            // A control block has four ports, of which one is used. Linux ignores a window of one.
+            windows.push(range(place.control - 2, 4));
+        }
+    }
+    windows.sort_unstable();
+    windows
+}
+
+/// The PCI bus: its configuration ports are its own, and some others and a window of memory go
 /// through to its devices.
-fn add_pci(add: &mut impl FnMut(&dyn Aml)) {
+fn add_pci(add: &mut impl FnMut(&dyn Aml), pci: PciBus) {
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0A03"));
     let uid = Name::new("_UID".into(), &0_u8);
     let bus = Name::new("_BBN".into(), &0_u8);
@@ -188,8 +225,10 @@ fn add_pci(add: &mut impl FnMut(&dyn Aml)) {
     let buses = AddressSpace::new_bus_number(0_u16, 0);
     let first = ConfigPorts::PORT;
     let configuration = IO::new(first, first, 1, ConfigPorts::PORTS as u8);
-    let low_ports = AddressSpace::new_io(0_u16, first - 1, None);
-    let high_ports = AddressSpace::new_io(first + ConfigPorts::PORTS, 0xffff, None);
+    let windows: Vec<_> = windows(pci)
+        .into_iter()
+        .map(|(first, last)| AddressSpace::new_io(first, last, None))
+        .collect();
     let (start, size) = (layout::PCI_MMIO_START.0 as u32, layout::PCI_MMIO_SIZE as u32);
     let memory = AddressSpace::new_memory(
         AddressSpaceCacheable::NotCacheable,
@@ -198,8 +237,9 @@ fn add_pci(add: &mut impl FnMut(&dyn Aml)) {
         start + (size - 1),
         None,
     );
-    let resources =
-        ResourceTemplate::new(vec![&buses, &configuration, &low_ports, &high_ports, &memory]);
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &configuration, &memory];
+    resources.extend(windows.iter().map(|window| window as &dyn Aml));
+    let resources = ResourceTemplate::new(resources);
     let resources = Name::new("_CRS".into(), &resources);
 
     // Pin A of each device; no function has another. The links are fixed, and there only because a
@@ -284,7 +324,7 @@ mod tests {
 
     #[test]
     fn every_table_is_found_and_adds_up() {
-        let image = build(3, true);
+        let image = build(3, Some(PciBus { ide: true }));
         assert!(image.len() <= TABLES_SIZE);
         let tables = tables(&image);
         let signatures: Vec<_> = tables.iter().map(|table| &table[..4]).collect();
@@ -299,9 +339,38 @@ mod tests {
     }
 
     #[test]
+    fn the_fadt_says_which_states_processors_have() {
+        let image = build(2, None);
+        let fadt = tables(&image)[0];
+        let half = |offset: usize| u16::from_le_bytes([fadt[offset], fadt[offset + 1]]);
+        const PROC_C1: u32 = 1 << 2;
+        assert_eq!(word(fadt, 112) & PROC_C1, PROC_C1);
+        // P_LVL2_LAT and P_LVL3_LAT (ACPI 6.5, table 5.9): there is neither C2 nor C3.
+        assert!(half(96) > 100 && half(98) > 1000);
+    }
+
+    /// The ranges of ports that the bridge passes on, as the table's bytes have them: a word address
+    /// space descriptor (ACPI 6.5, 6.4.3.5.3) of type I/O.
+    fn promised(dsdt: &[u8]) -> Vec<(u16, u16)> {
+        let half = |at: &[u8]| u16::from_le_bytes([at[0], at[1]]);
+        let descriptors = dsdt.windows(16).filter(|at| at[..4] == [0x88, 13, 0, 1]);
+        descriptors.map(|at| (half(&at[8..]), half(&at[10..]))).collect()
+    }
+
+    #[test]
+    fn the_dsdt_promises_pci_functions_the_ports_where_they_are_found() {
+        let always = [(0x600, 0x63f), (0x700, 0x70f), (0xc000, 0xffff)];
+        let with_ide = [(0x170, 0x177), (0x1f0, 0x1f7), (0x374, 0x377), (0x3f4, 0x3f7)];
+        let of = |pci| promised(dsdt(pci).as_slice());
+        assert_eq!(of(None), []);
+        assert_eq!(of(Some(PciBus { ide: false })), always);
+        assert_eq!(of(Some(PciBus { ide: true })), [&with_ide[..], &always].concat());
+    }
+
+    #[test]
     fn the_madt_lists_every_processor() {
         for vps in [1, 2, 254] {
-            let image = build(vps, false);
+            let image = build(vps, None);
             let madt = tables(&image)[1];
             let mut entries = &madt[44..];
             let mut processors = Vec::new();
@@ -321,7 +390,7 @@ mod tests {
 
     #[test]
     fn the_dsdt_names_the_vmbus_and_no_hibernation() {
-        let dsdt = dsdt(false);
+        let dsdt = dsdt(None);
         let has = |name: &[u8]| dsdt.as_slice().windows(name.len()).any(|window| window == name);
         assert!(!has(b"PCI0"));
         assert!(has(b"VMBus\0"));

@@ -8,14 +8,19 @@ use hypervisor::{BootState, Gpa, GuestMemory, MemoryError, PAGE_SIZE, layout};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
-use super::{acpi, long_mode, smbios};
+use super::{PciBus, acpi, long_mode, smbios};
 
 /// Boot parameters.
 const ZERO_PAGE: Gpa = Gpa(0x7000);
 const COMMAND_LINE: Gpa = Gpa(0x2_0000);
 /// Bytes of command line there is room for, the final zero included.
 const COMMAND_LINE_ROOM: usize = 0x1_0000;
+/// Bytes that Linux takes where its image does not say, the final zero included; the rest it cuts
+/// (COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h).
+const COMMAND_LINE_SIZE: u32 = 2048;
 /// Conventional memory ends here; PCs keep an "extended BIOS data area" behind it.
 const LOW_MEMORY_END: u64 = 0x9_fc00;
 const HIGH_MEMORY: u64 = 0x10_0000;
@@ -48,8 +53,8 @@ pub struct LinuxBoot<'a> {
     pub command_line: &'a str,
     /// How many processors the ACPI tables list.
     pub vps: u32,
-    /// Whether they tell of a PCI bus.
-    pub pci: bool,
+    /// The PCI bus that they tell of.
+    pub pci: Option<PciBus>,
     /// Whether there are tables that have Linux leave IDE disks to its VMBus drivers.
     pub prefers_vmbus: bool,
 }
@@ -163,11 +168,17 @@ impl LinuxBoot<'_> {
                 header: HEADER_MAGIC,
                 type_of_loader: LOADER_UNDEFINED,
                 initrd_addr_max: INITRD_MAX as u32,
-                cmdline_size: (COMMAND_LINE_ROOM - 1) as u32,
+                cmdline_size: COMMAND_LINE_SIZE - 1,
                 ..Default::default()
             };
+            let end = elf_end(&mut file)
+                .map_err(read_error)?
+                .ok_or_else(|| no_kernel("its addresses are absurd"))?;
+            if end > low_end {
+                return Err(too_small(end));
+            }
             let entry = Gpa(loaded.kernel_load.0);
-            return Ok(Kernel { entry, end: loaded.kernel_end, header });
+            return Ok(Kernel { entry, end, header });
         }
 
         let header = read_setup_header(&mut file)
@@ -250,6 +261,66 @@ fn load_elf(
     file: &mut File,
 ) -> Result<KernelLoaderResult, linux_loader::loader::Error> {
     Elf::load(memory.inner(), None, file, Some(GuestAddress(HIGH_MEMORY)))
+}
+
+/// The first address behind all segments of an ELF file that has been loaded, those that take memory
+/// and have nothing in the file too; `None` if one is behind the last address.
+fn elf_end(file: &mut File) -> io::Result<Option<u64>> {
+    let mut header = Elf64Header::new_zeroed();
+    file.rewind()?;
+    file.read_exact(header.as_mut_bytes())?;
+    file.seek(SeekFrom::Start(header.program_headers.get()))?;
+    let mut end = 0;
+    for _ in 0..header.program_header_count.get() {
+        let mut segment = Elf64Segment::new_zeroed();
+        file.read_exact(segment.as_mut_bytes())?;
+        if segment.kind == Elf64Segment::LOAD {
+            match segment.address.get().checked_add(segment.memory_size.get()) {
+                Some(its) => end = its.max(end),
+                None => return Ok(None),
+            }
+        }
+    }
+    Ok(Some(end))
+}
+
+/// `Elf64_Ehdr` (elf.h), as far as it is needed.
+#[derive(FromBytes, Immutable, IntoBytes)]
+#[repr(C)]
+struct Elf64Header {
+    identity: [u8; 16],
+    kind_and_machine: [u8; 8],
+    entry: U64,
+    program_headers: U64,
+    section_headers: U64,
+    flags: U32,
+    sizes: [u8; 4],
+    program_header_count: U16,
+    sections: [u8; 6],
+}
+
+const _: () = assert!(size_of::<Elf64Header>() == 64);
+
+/// `Elf64_Phdr` (elf.h).
+#[derive(FromBytes, Immutable, IntoBytes)]
+#[repr(C)]
+struct Elf64Segment {
+    kind: U32,
+    flags: U32,
+    offset: U64,
+    virtual_address: U64,
+    /// Physical.
+    address: U64,
+    file_size: U64,
+    memory_size: U64,
+    alignment: U64,
+}
+
+const _: () = assert!(size_of::<Elf64Segment>() == 56);
+
+impl Elf64Segment {
+    /// `PT_LOAD`
+    const LOAD: U32 = U32::new(1);
 }
 
 /// The setup header of a bzImage; `None` if the file is something else.
@@ -357,7 +428,7 @@ mod tests {
             initrd,
             command_line: "console=ttyS0",
             vps: 2,
-            pci: false,
+            pci: None,
             prefers_vmbus: false,
         }
     }
@@ -406,6 +477,65 @@ mod tests {
 
     fn refusal(boot: &LinuxBoot<'_>, memory: u64) -> String {
         boot.load(&GuestMemory::new(memory).unwrap()).unwrap_err().to_string()
+    }
+
+    /// An ELF file with two segments at these addresses: one with a page of bytes, and one without any
+    /// that takes `zeroes` bytes of memory.
+    fn elf(code: u64, bss: u64, zeroes: u64) -> NamedTempFile {
+        let mut header = Elf64Header::new_zeroed();
+        header.identity[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        header.kind_and_machine = [2, 0, 62, 0, 1, 0, 0, 0];
+        (header.entry, header.program_headers) = (code.into(), 64.into());
+        header.sizes = [64, 0, 56, 0];
+        header.program_header_count = 2.into();
+        let segment = |address: u64, file_size: u64, memory_size: u64| Elf64Segment {
+            kind: Elf64Segment::LOAD,
+            flags: 5.into(),
+            offset: 4096.into(),
+            virtual_address: address.into(),
+            address: address.into(),
+            file_size: file_size.into(),
+            memory_size: memory_size.into(),
+            alignment: 4096.into(),
+        };
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.extend(segment(code, 4096, 4096).as_bytes());
+        bytes.extend(segment(bss, 0, zeroes).as_bytes());
+        bytes.resize(4096, 0);
+        bytes.resize(8192, 0x90);
+        file(&bytes)
+    }
+
+    #[test]
+    fn segments_without_bytes_in_the_file_are_the_kernels_too() {
+        let kernel = elf(16 * MIB, 20 * MIB, 8 * MIB);
+        let memory = GuestMemory::new(32 * MIB).unwrap();
+        let loaded = boot(&kernel, None).load_kernel(&memory, 32 * MIB).unwrap();
+        assert_eq!((loaded.entry, loaded.end), (Gpa(16 * MIB), 28 * MIB));
+        // The initrd is not put where the kernel's zeroes are to be.
+        let initrd = file(&vec![0; 5 << 20]);
+        let text = refusal(&boot(&kernel, Some(&initrd)), 32 * MIB);
+        assert!(text.starts_with("33 MiB of memory are needed for the kernel and"), "{text}");
+        let text = refusal(&boot(&kernel, None), 24 * MIB);
+        assert!(text.starts_with("28 MiB of memory are needed for the kernel"), "{text}");
+        let text = refusal(&boot(&elf(16 * MIB, u64::MAX, 2), None), 32 * MIB);
+        assert!(text.contains("its addresses are absurd"), "{text}");
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_say_takes_2047_bytes_of_command_line() {
+        let kernel = elf(16 * MIB, 20 * MIB, MIB);
+        let memory = GuestMemory::new(32 * MIB).unwrap();
+        let line = "x".repeat(2047);
+        LinuxBoot { command_line: &line, ..boot(&kernel, None) }.load(&memory).unwrap();
+        let line = "x".repeat(2048);
+        let long = LinuxBoot { command_line: &line, ..boot(&kernel, None) };
+        let text = refusal(&long, 32 * MIB);
+        assert_eq!(text, "the command line is 2048 bytes long, this kernel takes 2047");
+        // One that does is believed.
+        let kernel = bz_image(|header| header.cmdline_size = 4095);
+        let long = LinuxBoot { command_line: &line, ..boot(&kernel, None) };
+        long.load(&GuestMemory::new(64 * MIB).unwrap()).unwrap();
     }
 
     #[test]

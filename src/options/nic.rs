@@ -7,7 +7,7 @@ use std::str::FromStr;
 use backends::net::MacAddr;
 use backends::net::user::{Forward, Protocol};
 
-use super::{OptionError, pairs_with, switch, within};
+use super::{List, OptionError, switch, within};
 
 /// How a NIC is shown to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,6 +60,13 @@ pub struct NicOption {
 /// The keys of `--nic`, for messages and help.
 const NIC_KEYS: &str = "attach, backend, hostfwd, vlan, isolated, mac, mtu, queues, pcap";
 
+const NIC: List = List {
+    written: "a NIC is written [backend=]BACKEND",
+    first: "backend",
+    known: NIC_KEYS,
+    repeated: &["hostfwd"],
+};
+
 /// What `backend=` takes.
 const BACKENDS: &str = "tap:NAME, switch:NAME or user";
 
@@ -87,7 +94,7 @@ impl FromStr for NicOption {
         };
         let mut forwards = Vec::new();
         let (mut vlan, mut isolated) = (None, None);
-        for (key, value) in pairs_with(s, "a NIC is written backend=BACKEND", &["hostfwd"])? {
+        for (key, value) in NIC.pairs(s)? {
             match key.as_str() {
                 "attach" => match value.as_str() {
                     "netvsc" => nic.attach = NicAttach::Netvsc,
@@ -238,16 +245,22 @@ mod tests {
     #[test]
     fn refusals_say_what_would_be_right() {
         assert_eq!(message("mtu=1500"), "'backend' is missing; write backend=VALUE");
-        assert_eq!(
-            message("tap0"),
-            "'tap0' is not KEY=VALUE; a NIC is written backend=BACKEND[,KEY=VALUE]…"
-        );
-        for bad in ["tap", "tap:", "switch:", "user:1", "vhost", ""] {
+        let written = "is not KEY=VALUE; a NIC is written [backend=]BACKEND[,KEY=VALUE]…";
+        assert_eq!(message("mtu=1500,user"), format!("'user' {written}"));
+        assert_eq!(message(""), format!("'' {written}"));
+        assert_eq!(message("mac"), format!("'mac' {written}"));
+        for bad in ["tap", "tap0", "tap:", "switch:", "user:1", "vhost"] {
+            let right = "backend is tap:NAME, switch:NAME or user";
+            let message = [message(bad), message(&format!("backend={bad}"))];
             assert_eq!(
-                message(&format!("backend={bad}")),
-                format!("backend={bad} is not possible; backend is tap:NAME, switch:NAME or user")
+                message,
+                [(); 2].map(|()| format!("backend={bad} is not possible; {right}"))
             );
         }
+        assert_eq!(
+            message("backend="),
+            "backend= is not possible; backend is tap:NAME, switch:NAME or user"
+        );
         assert_eq!(message("backend=tap:a,hostfwd=tcp:1"), "'hostfwd' goes with backend=user only");
         assert_eq!(message("backend=user,vlan=1"), "'vlan' goes with backend=switch:NAME only");
         assert_eq!(

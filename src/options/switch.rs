@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::nic::MTUS;
-use super::{OptionError, pairs_with, within};
+use super::{List, OptionError, within};
 
 /// What joins a switch to the world outside of this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,12 +31,19 @@ pub struct SwitchOption {
 /// The keys of `--switch`, for messages.
 const SWITCH_KEYS: &str = "name, uplink, mtu, pcap";
 
+const SWITCH: List = List {
+    written: "a switch is written [name=]NAME",
+    first: "name",
+    known: SWITCH_KEYS,
+    repeated: &[],
+};
+
 impl FromStr for SwitchOption {
     type Err = OptionError;
 
     fn from_str(s: &str) -> Result<Self, OptionError> {
         let (mut name, mut uplink, mut mtu, mut pcap) = (None, None, None, None);
-        for (key, value) in pairs_with(s, "a switch is written name=NAME", &[])? {
+        for (key, value) in SWITCH.pairs(s)? {
             match key.as_str() {
                 "name" if !value.is_empty() => name = Some(value),
                 "name" => return Err(OptionError::Missing("name")),
@@ -70,9 +77,9 @@ mod tests {
     fn switches() {
         let switch = |s: &str| s.parse::<SwitchOption>().unwrap();
         let lan = SwitchOption { name: "lan".into(), uplink: None, mtu: None, pcap: None };
-        assert_eq!(switch("name=lan"), lan);
+        assert_eq!([switch("name=lan"), switch("lan")], [(); 2].map(|()| lan.clone()));
         let uplink = Some(UplinkOption::Tap("lab0".into()));
-        assert_eq!(switch("name=lan,uplink=tap:lab0"), SwitchOption { uplink, ..lan.clone() });
+        assert_eq!(switch("lan,uplink=tap:lab0"), SwitchOption { uplink, ..lan.clone() });
         let uplink = Some(UplinkOption::Socket("/run/a,b:c".into()));
         assert_eq!(
             switch("uplink=socket:/run/a,,b:c,name=lan,mtu=1500,pcap=a"),
@@ -84,8 +91,8 @@ mod tests {
     fn refusals_say_what_would_be_right() {
         let message = |s: &str| s.parse::<SwitchOption>().unwrap_err().to_string();
         assert_eq!(
-            message("lan"),
-            "'lan' is not KEY=VALUE; a switch is written name=NAME[,KEY=VALUE]…"
+            message("uplink"),
+            "'uplink' is not KEY=VALUE; a switch is written [name=]NAME[,KEY=VALUE]…"
         );
         assert_eq!(message("uplink=tap:lab0"), "'name' is missing; write name=VALUE");
         assert_eq!(message("name="), "'name' is missing; write name=VALUE");

@@ -1,4 +1,6 @@
-//! Guests of a few bytes of code, which any KVM can run.
+//! Guests of a few bytes of code, which any KVM can run, and what there is here to run guests in.
+
+#![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::fs;
 use std::path::Path;
@@ -33,4 +35,16 @@ pub fn has_kvm() -> bool {
         eprintln!("skipped: no KVM here");
     }
     there
+}
+
+/// What there is here for the built-in guest to run in, as `--partition` has it.
+pub fn partitions() -> &'static [&'static str] {
+    let kvm = hypervisor::kvm::open().is_ok_and(|kvm| {
+        let interface = hypervisor::kvm::preferred_hyper_v(&kvm);
+        hypervisor::kvm::lacking(&kvm, interface).is_none()
+    });
+    if !kvm {
+        eprintln!("skipped with kvm: there is none here that can run the built-in guest");
+    }
+    if kvm { &["kvm", "hosted"] } else { &["hosted"] }
 }

@@ -17,6 +17,9 @@ hdparm -I "$first"
 smartctl -i -H "$first"
 smartctl -x "$first"
 echo "smartctl: $?"
+# Every port of a function lies in a window of the bus.
+dmesg | grep 'root bus resource' | sed 's/^/window: /'
+dmesg | grep -i "can't claim" | sed 's/^/unclaimed: /'
 filled "$first" 8
 for bs in 4k 128k; do
     fio --name=v --filename="$second" --ioengine=libaio --direct=1 --iodepth=4 --rw=randrw --bs=$bs \

@@ -9,6 +9,9 @@ guest full "$here/20-ide.guest.sh" --cpus 2 --stats --disk path=disk.img,attach=
 healthy
 refute 'exception Emask'
 refute 'failed command'
+expect 'window: .*\[io  0xc000-0xffff window\]'
+refute 'window: .*\[io  0x0000-'
+refute 'unclaimed: '
 expect 'dma_mode: .*link1.*XFER_UDMA_2'
 expect 'dma_mode: .*link2.*XFER_UDMA_2'
 expect 'Serial Number: *S-123'

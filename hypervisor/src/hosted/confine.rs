@@ -19,7 +19,7 @@ use std::io;
 
 use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
-use rustix::process::{Resource, Rlimit, Signal, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -73,6 +73,8 @@ pub(super) fn confine(socket: u32) -> Result<Confinement, (Step, io::Error)> {
         (Resource::Core, 0),
         (Resource::Nproc, 0),
     ] {
+        // Who has less cannot have it raised.
+        let limit = getrlimit(resource).maximum.map_or(limit, |most| most.min(limit));
         let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
         setrlimit(resource, limit).map_err(at(Step::Limits))?;
     }

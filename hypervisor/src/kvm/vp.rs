@@ -33,7 +33,7 @@ use super::{HyperV, call, kick};
 use crate::hypercall::Hypercall;
 use crate::hypercall::page::{DOORBELL_PORT, HYPERCALL_PORT};
 use crate::interrupts::InterruptController;
-use crate::partition::ExitKind;
+use crate::partition::{ExitKind, StopOnPanic};
 use crate::registers::GeneralProtection;
 use crate::synic::pages::PageRegisters;
 use crate::synic::{HvStatus, MessageSink};
@@ -90,7 +90,7 @@ pub(super) struct Vp {
 /// Ends a processor's claim to its thread, and the whole run if that unwinds: the other processors
 /// would go on without it.
 struct RunGuard {
-    stop: StopHandle,
+    _stop: StopOnPanic,
     /// There if this processor has the PICs' interrupts.
     pics: Option<Arc<SplitIrqchip>>,
     /// There if user space serves its SINTs.
@@ -109,9 +109,6 @@ impl Drop for RunGuard {
     fn drop(&mut self) {
         self.kicks().for_each(kick::Kick::end);
         kick::set_immediate_exit(std::ptr::null_mut());
-        if std::thread::panicking() {
-            self.stop.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
-        }
     }
 }
 
@@ -311,7 +308,8 @@ impl Vp {
         let pics = split.filter(|_| self.has_pics());
         let index = self.index();
         let auto_eoi = self.user.as_mut().map(|user| (Arc::clone(user.auto_eoi().shared()), index));
-        let guard = RunGuard { stop: self.environment.stop.clone(), pics, auto_eoi };
+        let guard =
+            RunGuard { _stop: StopOnPanic(self.environment.stop.clone()), pics, auto_eoi };
         guard.kicks().for_each(kick::Kick::begin);
         while !self.environment.stop.is_stopping() {
             let next = match self.end_interrupts().and_then(|()| self.offer_interrupt()) {

@@ -113,22 +113,24 @@ impl Host {
     }
 
     /// Closes all channels, waits until their workers have ended, and gives the devices back.
+    /// If the bus's own thread has panicked, so does this.
     pub fn stop(mut self) -> Vec<Box<dyn Device>> {
-        self.join()
+        self.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    fn join(&mut self) -> Vec<Box<dyn Device>> {
-        let Some(thread) = self.thread.take() else { return Vec::new() };
+    fn join(&mut self) -> std::thread::Result<Vec<Box<dyn Device>>> {
+        let Some(thread) = self.thread.take() else { return Ok(Vec::new()) };
         // If the thread is gone already, there is nobody to tell.
         let _ = self.events.send(Event::Stop);
         let _ = self.wake.write(1);
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        thread.join()
     }
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
-        self.join();
+        // If the thread panicked, that has been said; its program may still be ending in order.
+        let _ = self.join();
     }
 }
 

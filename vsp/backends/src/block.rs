@@ -317,7 +317,7 @@ impl fmt::Display for BlockErrorKind {
 
 /// Why a request failed: a stable kind, and the host's own number where it gave one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[error("{kind}")]
+#[error("{kind}{}", if *errno == Some(libc::EFBIG) { " within the limit for file sizes" } else { "" })]
 pub struct BlockError {
     /// What it comes down to.
     pub kind: BlockErrorKind,
@@ -334,7 +334,8 @@ impl BlockError {
     /// One that the host has said.
     pub const fn from_errno(errno: i32) -> Self {
         let kind = match errno {
-            libc::ENOSPC | libc::EDQUOT => BlockErrorKind::NoSpace,
+            // The last is a limit for the size of files, the file system's or the process's.
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => BlockErrorKind::NoSpace,
             libc::EROFS | libc::EPERM | libc::EBADF => BlockErrorKind::ReadOnly,
             libc::EOPNOTSUPP | libc::ENOSYS => BlockErrorKind::Unsupported,
             _ => BlockErrorKind::Io,
@@ -421,6 +422,9 @@ mod tests {
         assert_eq!(kind(libc::EIO), BlockErrorKind::Io);
         assert_eq!(kind(libc::ENOSPC), BlockErrorKind::NoSpace);
         assert_eq!(kind(libc::EDQUOT), BlockErrorKind::NoSpace);
+        assert_eq!(kind(libc::EFBIG), BlockErrorKind::NoSpace);
+        let said = BlockError::from_errno(libc::EFBIG).to_string();
+        assert_eq!(said, "the host has no space left within the limit for file sizes");
         assert_eq!(kind(libc::EROFS), BlockErrorKind::ReadOnly);
         assert_eq!(kind(libc::EOPNOTSUPP), BlockErrorKind::Unsupported);
     }

@@ -2,13 +2,18 @@
 //!
 //! The work is passt's, a process of its own that turns the guest's frames into sockets of the host
 //! and back. It answers ARP, DHCP, NDP, DHCPv6 and DNS, and leads ports of the host to the guest.
-//! It is started with one end of a [`Stream`] and ends with it.
+//! It is started with one end of a [`Stream`] and ends with it, however its machine ends. Signals to
+//! the machine's process group, a terminal's Ctrl-C or what `timeout` sends, do not reach it: a guest
+//! that shuts down has its network until it is off.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -58,8 +63,10 @@ pub enum StartError {
         "user-mode networking takes the program passt, which is not there; as root, run: apt install passt"
     )]
     Missing,
-    #[error("cannot start passt")]
-    Start { source: io::Error },
+    #[error("cannot start {program}")]
+    Start { program: String, source: io::Error },
+    #[error("cannot make what passt is started with")]
+    Prepare { source: io::Error },
     #[error("passt ended: {said}")]
     Ended { said: String },
     #[error("passt does not answer")]
@@ -80,7 +87,7 @@ impl User {
     }
 
     fn start_program(program: &str, mtu: u16, forwards: &[Forward]) -> Result<Self, StartError> {
-        let failed = |source: io::Error| StartError::Start { source };
+        let failed = |source: io::Error| StartError::Prepare { source };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         // This one is not closed when the program starts.
         let inherited = rustix::io::dup(&theirs).map_err(|errno| failed(errno.into()))?;
@@ -102,9 +109,13 @@ impl User {
         }
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(said.try_clone().map_err(failed)?);
-        let passt = command.spawn().map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => StartError::Missing,
-            _ => StartError::Start { source },
+        command.process_group(0);
+        let passt = command.spawn().map_err(|source| {
+            // What the host says of a program that is nowhere is about the last folder it looked in.
+            match find(program, std::env::var_os("PATH").as_deref()) {
+                None => StartError::Missing,
+                Some(path) => StartError::Start { program: path.display().to_string(), source },
+            }
         })?;
         drop((theirs, inherited));
         let mut user = Self { stream: Stream::new(ours, "user", mtu).map_err(failed)?, passt };
@@ -149,6 +160,21 @@ impl Stream {
     }
 }
 
+/// Where the program passt is, if it is there.
+pub fn installed() -> Option<PathBuf> {
+    find("passt", std::env::var_os("PATH").as_deref())
+}
+
+/// The first file with the program's name in the folders of `path`; a name with a slash is a file's
+/// itself. Folders that cannot be looked into have nothing.
+fn find(program: &str, path: Option<&OsStr>) -> Option<PathBuf> {
+    let is_file = |file: &PathBuf| file.metadata().is_ok_and(|metadata| metadata.is_file());
+    if program.contains('/') {
+        return Some(PathBuf::from(program)).filter(is_file);
+    }
+    std::env::split_paths(path?).map(|folder| folder.join(program)).find(is_file)
+}
+
 /// What the program said last.
 fn reason(mut said: File) -> String {
     let mut text = String::new();
@@ -184,6 +210,11 @@ impl Drop for User {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    use rustix::process::{Pid, getpgid};
+
     use super::*;
 
     #[test]
@@ -191,6 +222,50 @@ mod tests {
         let error = User::start_program("/nonexistent/passt", 1500, &[]).unwrap_err();
         assert!(matches!(error, StartError::Missing));
         assert!(error.to_string().ends_with("apt install passt"));
+    }
+
+    #[test]
+    fn signals_to_the_machines_process_group_do_not_reach_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("passt");
+        // Sends a frame, and lives as long as the socket.
+        let script = "#!/bin/bash\n\
+            while [ \"$1\" != --fd ]; do shift; done\n\
+            printf '\\0\\0\\0\\16..............' >&$2\n\
+            exec cat <&$2 >/dev/null\n";
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+        // As long as another test's child is about to exec, the script may be open in it for writing.
+        let user = loop {
+            match User::start_program(program.to_str().unwrap(), 1500, &[]) {
+                Err(StartError::Start { source, .. })
+                    if source.kind() == io::ErrorKind::ExecutableFileBusy => {}
+                user => break user.unwrap(),
+            }
+        };
+        let pid = Pid::from_raw(user.pid().cast_signed()).unwrap();
+        assert_eq!(getpgid(Some(pid)), Ok(pid));
+        assert_ne!(getpgid(None), Ok(pid));
+    }
+
+    #[test]
+    fn a_program_is_looked_for_where_files_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir_all(at("a/passt")).unwrap();
+        std::fs::create_dir(at("b")).unwrap();
+        std::fs::write(at("c"), "").unwrap();
+        let path = std::env::join_paths([at("none"), at("a"), at("c"), at("b")]).unwrap();
+        // To start what is a folder is not permitted, and it is no program.
+        assert_eq!(find("passt", Some(&path)), None);
+        assert_eq!(find("passt", None), None);
+        std::fs::write(at("b/passt"), "").unwrap();
+        assert_eq!(find("passt", Some(&path)), Some(at("b/passt")));
+        let named = at("b/passt").display().to_string();
+        assert_eq!(find(&named, None), Some(at("b/passt")));
+        // It is there and is none.
+        let error = User::start_program(&named, 1500, &[]).unwrap_err();
+        assert_eq!(error.to_string(), format!("cannot start {named}"));
     }
 
     #[test]

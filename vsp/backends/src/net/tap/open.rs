@@ -58,7 +58,7 @@ pub enum OpenError {
     Name { name: String },
     #[error("a tap has 1 to {MAX_QUEUES} queues, not {queues}")]
     Queues { queues: u16 },
-    #[error("the host has no taps: /dev/net/tun cannot be opened; 'modprobe tun' may help")]
+    #[error("the host has no taps for this user: /dev/net/tun cannot be opened")]
     NoTaps { source: io::Error },
     #[error(
         "making tap {name} takes rights this user has not; as root, run: \
@@ -388,7 +388,9 @@ fn join(name: &[u8; NAME_SIZE], multi_queue: bool) -> Result<File, JoinError> {
 fn explain(error: JoinError, name: &str, existed: bool, queues: u16) -> OpenError {
     let name = name.to_owned();
     match error {
-        JoinError::Open(source) if source.raw_os_error() != Some(libc::EMFILE) => {
+        JoinError::Open(source)
+            if !matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+        {
             OpenError::NoTaps { source }
         }
         JoinError::Open(source) => OpenError::Host { name, what: "open", source },
