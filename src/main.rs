@@ -14,6 +14,7 @@ mod hosted;
 mod machine;
 mod network;
 mod options;
+mod resize;
 mod run;
 mod statistics;
 mod terminal;
