@@ -17,6 +17,7 @@ mod machine;
 mod network;
 mod options;
 mod panics;
+mod resize;
 mod restart;
 mod run;
 mod statistics;

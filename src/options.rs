@@ -203,10 +203,15 @@ pub struct DiskOption {
     pub direct: Option<bool>,
     /// The name the guest sees as serial number; made from the image's place if it is not said.
     pub id: Option<String>,
+    /// Bytes of a logical block; a block device's own, and 512 for an image, if it is not said.
+    pub block_size: Option<u32>,
+    /// Whether what the guest discards is freed.
+    pub discard: bool,
 }
 
 /// The keys of `--disk`, for messages and help.
-const DISK_KEYS: &str = "path, attach, controller, lun, channel, device, readonly, direct, id";
+const DISK_KEYS: &str =
+    "path, attach, controller, lun, channel, device, readonly, direct, id, block-size, discard";
 
 const DISK: List = List {
     written: "a disk is written [path=]FILE",
@@ -236,6 +241,8 @@ impl FromStr for DiskOption {
             read_only: false,
             direct: None,
             id: None,
+            block_size: None,
+            discard: true,
         };
         let mut scsi_only = None;
         for (key, value) in DISK.pairs(s)? {
@@ -273,6 +280,32 @@ impl FromStr for DiskOption {
                         value,
                         allowed: "1 to 20 of letters, digits, '-', '_' and '.'",
                     });
+                }
+                "block-size" => {
+                    disk.block_size = Some(match value.as_str() {
+                        "512" => 512,
+                        "4096" => 4096,
+                        _ => {
+                            return Err(OptionError::Value {
+                                key: "block-size",
+                                value,
+                                allowed: "512 or 4096",
+                            });
+                        }
+                    });
+                }
+                "discard" => {
+                    disk.discard = match value.as_str() {
+                        "unmap" => true,
+                        "off" => false,
+                        _ => {
+                            return Err(OptionError::Value {
+                                key: "discard",
+                                value,
+                                allowed: "unmap or off",
+                            });
+                        }
+                    }
                 }
                 _ => return Err(OptionError::UnknownKey { key, known: DISK_KEYS }),
             }
@@ -481,7 +514,8 @@ mod tests {
     #[test]
     fn a_disk_with_everything() {
         let disk: DiskOption =
-            "path=/a,,b.img,attach=scsi,controller=1,lun=7,readonly=on,direct=off,id=root"
+            "path=/a,,b.img,attach=scsi,controller=1,lun=7,readonly=on,direct=off,id=root,\
+             block-size=4096,discard=off"
                 .parse()
                 .unwrap();
         assert_eq!(
@@ -496,6 +530,8 @@ mod tests {
                 read_only: true,
                 direct: Some(false),
                 id: Some("root".into()),
+                block_size: Some(4096),
+                discard: false,
             }
         );
     }
@@ -549,6 +585,18 @@ mod tests {
             message("path=a,colour=red"),
             format!("unknown key 'colour'; known are {known}")
         );
+        for bad in ["0", "1024", "4k", "512B", ""] {
+            assert_eq!(
+                message(&format!("path=a,block-size={bad}")),
+                format!("block-size={bad} is not possible; block-size is 512 or 4096")
+            );
+        }
+        for bad in ["on", "yes", ""] {
+            assert_eq!(
+                message(&format!("path=a,discard={bad}")),
+                format!("discard={bad} is not possible; discard is unmap or off")
+            );
+        }
         assert_eq!(message("path=a,attach=ide,lun=0"), "'lun' goes with attach=scsi only");
         assert_eq!(message("path=a,attach=ide+scsi,lun=0"), "'lun' goes with attach=scsi only");
         assert_eq!(

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use backends::block::Disk;
+use backends::block::{Disk, SECTOR};
 use backends::file::{Direct, FileDisk, OpenOptions};
 use backends::paths;
 use clap::Args;
@@ -31,6 +31,7 @@ use crate::options::{
     Attach, DiskOption, IrqchipOption, PartitionOption, ResetOption, SerialOption, Size,
     SynicOption,
 };
+use crate::resize;
 use crate::restart::{self, Cause, Restarts};
 use crate::statistics::{NicStatistics, Statistics};
 use crate::terminal::Console;
@@ -49,7 +50,9 @@ Examples:
   partita run --builtin 'exchange len=64' --nic backend=switch:a --nic backend=switch:a
 
 Disks take path=PATH, or just PATH, and, separated by commas: readonly=on|off, direct=on|off, id=NAME,
-attach=scsi with controller=0..3 and lun=0..63, or attach=ide with channel=0|1 and device=0|1. With
+block-size=512|4096 (a block device's own, and 512 for an image), discard=unmap|off (off: what the
+guest discards is not freed), attach=scsi with controller=0..3 and lun=0..63, or attach=ide with
+channel=0|1 and device=0|1. With
 attach=ide+scsi an IDE disk is offered on the VMBus too, and the guest takes which path it likes:
 the first that writes owns the disk. A comma in a value is written twice.
 
@@ -220,7 +223,9 @@ impl Run {
         // Places are checked before anything is started.
         let mut ide = ide_attachments(&disks)?;
         for image in &self.cdrom {
-            let options = OpenOptions { read_only: true, lock: true, ..OpenOptions::default() };
+            // A disc has blocks of its own, whatever a block device with an image on it has.
+            let block_size = Some(SECTOR);
+            let options = OpenOptions { read_only: true, block_size, ..OpenOptions::default() };
             let disc = FileDisk::open(image, &options)?;
             ide.disks.attach_cd(Arc::new(disc)).context("--cdrom")?;
         }
@@ -248,7 +253,10 @@ impl Run {
         let mut console = None;
         let mut serial_file = None;
         let mut restarts = Restarts::default();
+        resize::on_signal(disks.iter().map(|attached| Arc::clone(&attached.disk)).collect())?;
         loop {
+            // A machine begins with the sizes of now.
+            resize::look_at(disks.iter().map(|attached| &*attached.disk));
             // The serial port's file is made when all else has worked.
             let mut machine = Machine::new(&config, || serial(&self.serial, &mut serial_file))?;
             if console.is_none() {
@@ -327,6 +335,8 @@ fn open(option: &DiskOption) -> anyhow::Result<Attached> {
         },
         lock: true,
         id: option.id.clone(),
+        block_size: option.block_size,
+        discard: option.discard,
     };
     let disk = FileDisk::open(&option.path, &options)?;
     let place = match option.attach {

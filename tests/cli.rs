@@ -108,6 +108,23 @@ fn disks() {
 }
 
 #[test]
+fn block_sizes_and_what_they_do_not_fit() {
+    let files = Files::new();
+    let path = files.at("good.img");
+    let refused = |rest: &str| files.refused_disk(&format!("path={path},{rest}"));
+    assert_eq!(
+        refused("attach=ide,block-size=4096"),
+        "--disk: an IDE disk has sectors of 512 bytes, and this one has blocks of 4096; say \
+         attach=scsi, or block-size=512 if what is on it was made for that"
+    );
+    assert!(refused("block-size=1k").ends_with("block-size is 512 or 4096"));
+    assert!(refused("discard=on").ends_with("discard is unmap or off"));
+    fs::write(files.at("good.img"), [0; 512 * 9]).unwrap();
+    let line = refused("block-size=4096");
+    assert!(line.ends_with("4608 bytes long, which is not a multiple of 4096"), "{line}");
+}
+
+#[test]
 fn two_disks_in_one_place() {
     let files = Files::new();
     fs::write(files.at("second.img"), vec![0; 4096]).unwrap();

@@ -8,6 +8,9 @@
 //! - [`worker`]: the thread that does a channel's I/O.
 //! - [`bits`]: the numbers.
 //!
+//! A disk has the size here that it had when the machine started, as nobody expects of an ATA disk that it
+//! grows. What it has lost since is not found (IDNF).
+//!
 //! A processor's access locks the channel, moves its registers, and if that made a job, rings the
 //! worker's doorbell. It never waits for a disk: the worker holds the lock only to take the job and
 //! to bring the result, and then interrupts.

@@ -1,7 +1,7 @@
 //! Entry points for fuzzers: any bytes are welcome, and what has to hold whatever they are is
 //! asserted. libFuzzer calls them, and so do ordinary tests, with its corpus.
 
-use backends::block::Geometry;
+use backends::block::{Capacity, Geometry};
 
 use crate::scsi::{Action, Command, Direction, Limits, LogicalUnit, Parameters, plan_absent};
 
@@ -46,7 +46,15 @@ pub fn fuzz_cdb(data: &[u8]) {
     geometry.discard_zeroes = flags & 0x04 != 0;
     geometry.write_zeroes = flags & 0x08 != 0;
     let limits = Limits { max_transfer_bytes: 1 << 20 };
-    let unit = LogicalUnit::new(&geometry, &limits);
+    let capacity = Capacity::new(geometry.size);
+    let unit = LogicalUnit::new(&geometry, &limits).following(capacity.clone());
+    // The disk may have another size by now, which one command tells.
+    let resized = block & 0x02 != 0;
+    if resized {
+        let (blocks, len) = (u64::from(size) + 1, u64::from(geometry.logical_block));
+        geometry.size = blocks * len / 2 / len * len;
+        capacity.set(geometry.size);
+    }
 
     let [a, b, c, d, _] = transfer;
     let command = Command {
@@ -61,8 +69,12 @@ pub fn fuzz_cdb(data: &[u8]) {
     let mut scratch = [0; 1024];
     let luns: Vec<u8> = (0..flags >> 2 & 0x0f).collect();
     check(&geometry, &command, &plan_absent(&command, &luns, &mut scratch));
-    let action = unit.plan(&command, &luns, &mut scratch);
+    let mut action = unit.plan(&command, &luns, &mut scratch);
     check(&geometry, &command, &action);
+    if resized {
+        action = unit.plan(&command, &luns, &mut scratch);
+        check(&geometry, &command, &action);
+    }
     if let Action::Parameters(parameters) = action {
         assert_eq!(command.direction, Direction::Out);
         assert!(parameters.len <= command.transfer_len);
@@ -121,6 +133,7 @@ fn check(geometry: &Geometry, command: &Command<'_>, action: &Action<'_>) {
         }
         Action::WriteSame { offset, len, pattern } => {
             changes();
+            assert!(len <= 32 << 20);
             assert_eq!(pattern.len(), geometry.logical_block as usize);
             within(offset, len);
         }

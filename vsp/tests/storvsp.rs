@@ -546,6 +546,81 @@ fn a_stop_is_heard_whenever_it_comes() {
     }
 }
 
+/// 32 parts of a pattern, each of which waits at the gate.
+#[test]
+fn a_stop_cuts_a_long_write_same_short() {
+    let gate = Gate::new().unwrap();
+    let disk = FaultyDisk::new(ram(64 * MIB).1).rule(Rule::hold(0..64 * MIB, &gate));
+    let mut guest = Guest::new(vec![Arc::new(disk.clone())]);
+    guest.put(0x10_0000, &pattern(512, 9));
+    let mut cdb = [0; 16];
+    cdb[0] = 0x93;
+    cdb[10..14].copy_from_slice(&65536_u32.to_be_bytes());
+    guest.send(0, &cdb, DataDirection::Write, &[(0x10_0000, 512)]);
+    let until = Instant::now() + PATIENCE;
+    while disk.seen().is_empty() {
+        assert!(Instant::now() < until, "the command has not begun");
+        thread::yield_now();
+    }
+    guest.end.request_stop();
+    // One that has heard of the stop late may have begun another part.
+    gate.open(2).unwrap();
+    assert!(guest.is_closed());
+    assert!(disk.seen().len() <= 2, "{} parts", disk.seen().len());
+}
+
+#[test]
+fn a_disk_with_another_size_is_told_once_by_whichever_channel() {
+    let (ram, disk) = ram(4 * MIB);
+    ram.resize(2 * MIB);
+    disk.refresh().unwrap();
+    let mut builder = ControllerBuilder::new(0);
+    builder.attach(None, Arc::clone(&disk)).unwrap();
+    let mut controller = builder.build(2);
+    let mut channels = [(), ()].map(|()| {
+        let (channel, end) = pair(16 * MIB);
+        controller.open(channel).unwrap();
+        let mut guest = Guest { end, next_id: 1, target: 0 };
+        guest.shake_hands();
+        guest
+    });
+    let changed = [6, 0x2a, 0x09];
+    let last_block = |guest: &mut Guest| {
+        let read_capacity = [0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        good(&guest.run(&read_capacity, DataDirection::Read, &[(0x10_0000, 8)]), 8);
+        u32::from_be_bytes(guest.get(0x10_0000, 4).try_into().unwrap())
+    };
+    let [first, second] = &mut channels;
+    assert_eq!(last_block(first), 4095);
+    refused(&first.read(4096, 1, 0x10_0000), [5, 0x21, 0]);
+
+    // A guest that looks for its disks finds it by itself.
+    ram.resize(4 * MIB);
+    good(&first.read(0, 1, 0x10_0000), 512);
+    let inquiry = [0x12, 0, 0, 0, 36, 0];
+    good(&first.run(&inquiry, DataDirection::Read, &[(0x10_0000, 36)]), 36);
+    refused(&second.read(0, 1, 0x10_0000), changed);
+    good(&first.read(0, 1, 0x10_0000), 512);
+    good(&second.read(8191, 1, 0x10_0000), 512);
+    assert_eq!([last_block(first), last_block(second)], [8191; 2]);
+
+    // Any other learns it when somebody has told the disk to look.
+    ram.resize(MIB);
+    good(&first.read(8191, 1, 0x10_0000), 512);
+    disk.refresh().unwrap();
+    refused(&first.write(0, 1, 0x10_0000), changed);
+    for guest in &mut channels {
+        refused(&guest.read(2048, 1, 0x10_0000), [5, 0x21, 0]);
+        refused(&guest.write(2047, 2, 0x10_0000), [5, 0x21, 0]);
+        good(&guest.write(2047, 1, 0x10_0000), 512);
+    }
+    // READ CAPACITY is one of those that look, and TEST UNIT READY another.
+    for (cdb, size) in [(&[0; 6][..], 2 * MIB), (&[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], MIB)] {
+        ram.resize(size);
+        refused(&channels[0].run(cdb, DataDirection::None, &[]), changed);
+    }
+}
+
 #[test]
 fn a_lent_thread_takes_all_packets_before_it_sleeps() {
     let gate = Arc::new(Gate::new().unwrap());

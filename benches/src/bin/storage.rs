@@ -190,7 +190,7 @@ fn file(name: &str, folder: &Path, options: &Options) -> anyhow::Result<()> {
     let open = |direct| {
         FileDisk::open(
             image.path(),
-            &OpenOptions { read_only: true, direct, lock: false, id: None },
+            &OpenOptions { read_only: true, direct, lock: false, ..OpenOptions::default() },
         )
     };
     let direct = open(Direct::Auto)?.is_direct();

@@ -24,7 +24,8 @@ const FIRMWARE: &str = "1.0";
 pub enum DriveError {
     /// Its blocks are larger than an ATA sector.
     #[error(
-        "an IDE disk has sectors of 512 bytes, and this one has blocks of {0}; use attach=scsi"
+        "an IDE disk has sectors of 512 bytes, and this one has blocks of {0}; say attach=scsi, or \
+         block-size=512 if what is on it was made for that"
     )]
     Block(u32),
     /// The place is taken.

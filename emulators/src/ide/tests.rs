@@ -218,6 +218,82 @@ fn trim_discards_what_is_on_the_disk_and_nothing_else() {
 }
 
 #[test]
+fn a_disk_that_has_shrunk_ends_earlier_and_one_that_grows_does_so_at_a_restart() {
+    let ram = RamDisk::new(1 << 20).unwrap();
+    ram.resize(64 << 10);
+    ram.refresh().unwrap();
+    let sectors = |machine: &Machine| {
+        machine.command(0xec, 0, 0);
+        machine.line.wait();
+        let mut page = [0; 512];
+        machine.command.read_string(0, 2, &mut page);
+        u32::from_le_bytes([page[120], page[121], page[122], page[123]])
+    };
+    let machine = Machine::new(Arc::new(ram.clone()));
+    ram.resize(1 << 20);
+    ram.refresh().unwrap();
+    assert_eq!(sectors(&machine), 128);
+    assert_eq!(machine.dma(0xc8, 8, 127, 1, 512), (0x50, 4));
+    machine.command(0x20, 128, 1);
+    machine.line.wait();
+    assert_eq!((machine.read(7), machine.read(1)), (0x51, 0x10), "IDNF");
+    drop(machine);
+
+    let machine = Machine::new(Arc::new(ram.clone()));
+    assert_eq!(sectors(&machine), 2048);
+    ram.resize(64 << 10);
+    ram.refresh().unwrap();
+    assert_eq!(machine.dma(0xc8, 8, 127, 1, 512), (0x50, 4));
+    for write in [false, true] {
+        let (code, direction) = if write { (0xca, 0) } else { (0xc8, 8) };
+        let (status, _) = machine.dma(code, direction, 127, 2, 1024);
+        assert_eq!((status & 1, machine.read(1)), (1, 0x10), "IDNF");
+    }
+}
+
+#[test]
+fn a_stop_cuts_a_long_trim_short() {
+    let gate = Gate::new().unwrap();
+    let disk = FaultyDisk::new(Arc::new(RamDisk::new(1 << 20).unwrap()));
+    let disk = disk.rule(Rule::hold(0..1 << 20, &gate));
+    let machine = Machine::new(Arc::new(disk.clone()));
+    // 64 ranges of one sector each.
+    for index in 0..64_u64 {
+        machine.memory.write_obj(Gpa(u64::from(DATA) + index * 8), &(index | 1 << 48)).unwrap();
+    }
+    machine.memory.write_obj(Gpa(TABLE.into()), &DATA).unwrap();
+    machine.memory.write_obj(Gpa(u64::from(TABLE) + 4), &0x8000_0200_u32).unwrap();
+    machine.master.write(4, &TABLE.to_le_bytes());
+    machine.command.write(1, &[1]);
+    machine.command.write(2, &[0]);
+    machine.command(0x06, 0, 1);
+    machine.master.write(0, &[1]);
+    while disk.seen().is_empty() {
+        std::thread::yield_now();
+    }
+    machine._ide.ports[0].stop.store(true, Ordering::Release);
+    gate.open(1).unwrap();
+    drop(machine);
+    assert_eq!(disk.seen().len(), 1, "ranges that were discarded");
+}
+
+#[test]
+fn a_disk_without_discard_does_not_trim() {
+    let disk = RamDisk::new(1 << 20).unwrap().with(|geometry| geometry.discard = false);
+    let machine = Machine::new(Arc::new(disk));
+    machine.command(0xec, 0, 0);
+    machine.line.wait();
+    let mut page = [0; 512];
+    machine.command.read_string(0, 2, &mut page);
+    let word = |at: usize| u16::from_le_bytes([page[at * 2], page[at * 2 + 1]]);
+    assert_eq!((word(169), word(105), word(69)), (0, 0, 0));
+    machine.command.write(1, &[1]);
+    machine.command(0x06, 0, 1);
+    machine.line.wait();
+    assert_eq!((machine.read(7), machine.read(1)), (0x51, 0x04), "ABRT");
+}
+
+#[test]
 fn a_processor_does_not_wait_for_the_disk() {
     let gate = Gate::new().unwrap();
     let disk = FaultyDisk::new(Arc::new(RamDisk::new(1 << 20).unwrap()))

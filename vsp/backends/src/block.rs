@@ -75,16 +75,19 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::uring::{Cqe, Tag, Uring};
 
 /// The unit in which every disk can be addressed, in bytes: the classic sector.
 pub const SECTOR: u32 = 512;
 
-/// What a disk is. All sizes in bytes; none of it changes while the disk is attached.
+/// What a disk is. All sizes in bytes; none of it but `size` changes while the disk is attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Of the whole disk: a multiple of `logical_block`, never 0.
+    /// Of the whole disk at the moment: a multiple of `logical_block`, and not 0 when it is opened.
+    /// It is [`Disk::capacity`] that tells when it changes.
     pub size: u64,
     /// Offsets and lengths of requests are multiples of this: 512, or a larger power of two.
     pub logical_block: u32,
@@ -124,10 +127,55 @@ impl Geometry {
     }
 }
 
+/// The size of a disk in bytes, as its queues check requests against it. It may change while the
+/// disk is attached, in whole blocks; all clones see the same.
+#[derive(Clone, Debug)]
+pub struct Capacity(Arc<AtomicU64>);
+
+impl Capacity {
+    /// That of a disk of `size` bytes.
+    pub fn new(size: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(size)))
+    }
+
+    /// In bytes.
+    pub fn get(&self) -> u64 {
+        // It guards no other memory.
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// For the disk itself. Returns what it was before.
+    pub fn set(&self, size: u64) -> u64 {
+        self.0.swap(size, Ordering::Relaxed)
+    }
+}
+
 /// Something that keeps blocks. It is shared; the work is done by queues.
+///
+/// Of every disk that is here today, this holds:
+///
+/// - A flush that has failed has lost data, and nobody can say which. So no later flush succeeds,
+///   by whichever queue, for as long as the disk is open; also one that follows a restart of the
+///   guest. A write with `fua` whose data may not have become stable counts as such a flush.
+/// - Sectors that are not part of a request keep their content, whatever other requests, from
+///   whatever memory, are under way beside it.
+/// - What reaches past the end ends with [`BlockErrorKind::OutOfRange`], also if the end has come
+///   nearer a moment ago; it never waits for what will not come.
 pub trait Disk: Send + Sync {
     /// What it is.
     fn geometry(&self) -> Geometry;
+
+    /// Its size, for who has to see it change. A disk that is made anew for each call never does.
+    fn capacity(&self) -> Capacity {
+        Capacity::new(self.geometry().size)
+    }
+
+    /// Looks at the size anew, and has everybody see it: when a guest looks for its disks, when it
+    /// restarts, when the user says so. Returns the size in bytes. It costs a system call, and may
+    /// take as long as the host does to say how long a file is.
+    fn refresh(&self) -> io::Result<u64> {
+        Ok(self.geometry().size)
+    }
 
     /// A path to the disk for the calling worker, which owns `uring`: up to `depth` requests at a
     /// time. Its operations carry `tag`, which is no other queue's of this worker.
@@ -334,7 +382,7 @@ impl BlockError {
     /// One that the host has said.
     pub const fn from_errno(errno: i32) -> Self {
         let kind = match errno {
-            // The last is a limit for the size of files, the file system's or the process's.
+            // EFBIG: the host's file system, or a limit of this process, ends here.
             libc::ENOSPC | libc::EDQUOT | libc::EFBIG => BlockErrorKind::NoSpace,
             libc::EROFS | libc::EPERM | libc::EBADF => BlockErrorKind::ReadOnly,
             libc::EOPNOTSUPP | libc::ENOSYS => BlockErrorKind::Unsupported,

@@ -28,7 +28,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::{
-    BlockError, BlockErrorKind, Completion, Completions, Disk, Geometry, Operation, Queue, Request,
+    BlockError, BlockErrorKind, Capacity, Completion, Completions, Disk, Geometry, Operation,
+    Queue, Request,
 };
 use crate::uring::{Cqe, Tag, Uring};
 
@@ -122,6 +123,14 @@ struct Path {
 impl Disk for Path {
     fn geometry(&self) -> Geometry {
         self.disk.geometry()
+    }
+
+    fn capacity(&self) -> Capacity {
+        self.disk.capacity()
+    }
+
+    fn refresh(&self) -> io::Result<u64> {
+        self.disk.refresh()
     }
 
     fn queue(&self, tag: Tag, depth: u16, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::block::{
-    BlockError, Completion, Completions, Disk, Geometry, Operation, Queue, Request, check,
+    BlockError, Capacity, Completion, Completions, Disk, Geometry, Operation, Queue, Request, check,
 };
 use crate::uring::{Cqe, Tag, Uring};
 
@@ -27,6 +27,9 @@ const PAGE: u64 = 4096;
 pub struct RamDisk {
     memory: Arc<Memory>,
     geometry: Geometry,
+    capacity: Capacity,
+    /// What a refresh finds.
+    resized: Capacity,
 }
 
 impl RamDisk {
@@ -43,7 +46,15 @@ impl RamDisk {
             id: "ram".into(),
             ..Geometry::new(size)
         };
-        Ok(Self { memory: Arc::new(Memory::new(size)?), geometry })
+        let memory = Arc::new(Memory::new(size)?);
+        Ok(Self { memory, geometry, capacity: Capacity::new(size), resized: Capacity::new(size) })
+    }
+
+    /// Gives it, and all its clones, another size, but no larger one than it was made with. Nobody
+    /// sees that before [`Disk::refresh`].
+    pub fn resize(&self, size: u64) {
+        let block = u64::from(self.geometry.logical_block);
+        self.resized.set(size.min(self.memory.len as u64) / block * block);
     }
 
     /// The same disk, with another idea of itself: `change` may set anything but a larger size.
@@ -51,6 +62,8 @@ impl RamDisk {
     pub fn with(mut self, change: impl FnOnce(&mut Geometry)) -> Self {
         change(&mut self.geometry);
         self.geometry.size = self.geometry.size.min(self.memory.len as u64);
+        self.capacity = Capacity::new(self.geometry.size);
+        self.resized = Capacity::new(self.geometry.size);
         self
     }
 
@@ -77,18 +90,29 @@ impl RamDisk {
 
 impl Disk for RamDisk {
     fn geometry(&self) -> Geometry {
-        self.geometry.clone()
+        Geometry { size: self.capacity.get(), ..self.geometry.clone() }
+    }
+
+    fn capacity(&self) -> Capacity {
+        self.capacity.clone()
+    }
+
+    fn refresh(&self) -> io::Result<u64> {
+        let size = self.resized.get();
+        self.capacity.set(size);
+        Ok(size)
     }
 
     fn queue(&self, _: Tag, _: u16, _: &mut Uring) -> io::Result<Box<dyn Queue>> {
-        let Geometry { size, logical_block, read_only, .. } = self.geometry;
-        Ok(Box::new(RamQueue { memory: Arc::clone(&self.memory), size, logical_block, read_only }))
+        let Geometry { logical_block, read_only, .. } = self.geometry;
+        let (memory, capacity) = (Arc::clone(&self.memory), self.capacity.clone());
+        Ok(Box::new(RamQueue { memory, capacity, logical_block, read_only }))
     }
 }
 
 struct RamQueue {
     memory: Arc<Memory>,
-    size: u64,
+    capacity: Capacity,
     logical_block: u32,
     read_only: bool,
 }
@@ -97,7 +121,7 @@ impl RamQueue {
     /// # Safety
     /// As [`Queue::submit`].
     unsafe fn run(&self, request: &Request<'_>) -> Result<u64, BlockError> {
-        check(self.size, self.logical_block, self.read_only, request)?;
+        check(self.capacity.get(), self.logical_block, self.read_only, request)?;
         match request.operation {
             Operation::Read | Operation::Write { .. } => {
                 let read = request.operation == Operation::Read;

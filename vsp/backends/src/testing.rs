@@ -33,8 +33,8 @@ use io_uring::{opcode, types};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::block::{
-    BlockError, BlockErrorKind, Buffer, Completion, Completions, Disk, Geometry, Operation, Queue,
-    Request,
+    BlockError, BlockErrorKind, Buffer, Capacity, Completion, Completions, Disk, Geometry,
+    Operation, Queue, Request,
 };
 use crate::uring::{Cqe, Tag, Token, Uring};
 
@@ -169,6 +169,14 @@ fn lock(script: &Mutex<Script>) -> MutexGuard<'_, Script> {
 impl Disk for FaultyDisk {
     fn geometry(&self) -> Geometry {
         self.inner.geometry()
+    }
+
+    fn capacity(&self) -> Capacity {
+        self.inner.capacity()
+    }
+
+    fn refresh(&self) -> io::Result<u64> {
+        self.inner.refresh()
     }
 
     fn queue(&self, tag: Tag, depth: u16, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {

@@ -5,9 +5,11 @@
 #![allow(unsafe_code)]
 
 use std::fs::{self, File};
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use backends::block::{
     BlockErrorKind, Buffer, Completion, Completions, Disk, Geometry, Operation, Queue, Request,
@@ -378,9 +380,13 @@ fn a_shrunken_image_is_an_error_and_not_a_hang() {
         File::options().write(true).open(path).unwrap().set_len(64 * KIB as u64).unwrap();
         let mut pieces = Pieces::new(&[4096; 2], 0);
         let buffers = pieces.buffers();
-        assert_eq!(worker.run(READ, 128 * KIB, &buffers), Err(BlockErrorKind::Io));
-        assert_eq!(worker.run(READ, 60 * KIB, &buffers), Err(BlockErrorKind::Io));
+        assert_eq!(worker.run(READ, 60 * KIB, &buffers), Err(BlockErrorKind::OutOfRange));
+        assert_eq!(worker.run(READ, 128 * KIB, &buffers), Err(BlockErrorKind::OutOfRange));
         assert_eq!(worker.run(READ, 56 * KIB, &buffers), Ok(8192));
+        // From now on its size is known, and nothing makes it grow again.
+        assert_eq!(disk.geometry().size, 64 * KIB as u64);
+        assert_eq!(worker.run(WRITE, 60 * KIB, &buffers), Err(BlockErrorKind::OutOfRange));
+        assert_eq!(fs::metadata(path).unwrap().len(), 64 * KIB as u64);
     });
 }
 
@@ -503,7 +509,13 @@ struct LoopDevice(PathBuf);
 
 impl LoopDevice {
     fn new(image: &Path) -> Option<Self> {
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(image).output();
+        Self::with_sectors(image, 512)
+    }
+
+    /// With sectors of so many bytes.
+    fn with_sectors(image: &Path, bytes: u32) -> Option<Self> {
+        let sectors = format!("--sector-size={bytes}");
+        let made = Command::new("losetup").args(["--find", "--show", &sectors]).arg(image).output();
         let made = made.map_err(|error| error.to_string()).and_then(|output| {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
             if output.status.success() {
@@ -616,6 +628,289 @@ fn a_host_without_talents_still_writes_zeroes() {
         zero_out(&path, &disk, Operation::WriteZeroes { may_unmap: true });
         zero_out(&path, &disk, Operation::WriteZeroes { may_unmap: false });
     });
+}
+
+/// What a buffered disk has not written back yet is lost when the host's device has no room for it. A
+/// guest asks again when a flush fails.
+#[test]
+fn a_flush_that_failed_fails_for_good() {
+    mounted("tmpfs", "size=1m", |directory| {
+        let Some(device) = LoopDevice::new(&image(directory, 8 * MIB)) else { return };
+        let disk = open(&device.0, Direct::Off);
+        let mut worker = Worker::new(&disk);
+        let mut pieces = Pieces::new(&[256 * KIB], 0);
+        pieces.fill(&pattern(256 * KIB, 1));
+        let buffers = pieces.buffers();
+        for i in 0..16 {
+            let _ = worker.run(WRITE, i * 256 * KIB, &buffers);
+        }
+        for _ in 0..3 {
+            assert!(worker.order(Operation::Flush, 0, 0).is_err());
+        }
+        // Another channel, and that of the next system.
+        let mut other = Worker::new(&disk);
+        drop(worker);
+        assert!(other.order(Operation::Flush, 0, 0).is_err());
+        assert!(Worker::new(&disk).order(Operation::Flush, 0, 0).is_err());
+        drop(other);
+        drop(disk);
+        // Whoever opens it anew is told to look at what is there.
+        let _ = Command::new("blockdev").arg("--flushbufs").arg(&device.0).status();
+        let disk = open(&device.0, Direct::Off);
+        assert_eq!(Worker::new(&disk).order(Operation::Flush, 0, 0), Ok(0));
+    });
+}
+
+/// Two workers: one writes a sector and reads it back into odd memory, the other reads its neighbours
+/// into odd memory all the time.
+fn reads_back_what_it_wrote(disk: &FileDisk) {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut worker = Worker::new(disk);
+            let mut pieces = Pieces::new(&[512 * 7], 1);
+            while !stop.load(Ordering::Relaxed) {
+                let buffers = pieces.buffers();
+                worker.run(READ, MIB + 512, &buffers).unwrap();
+            }
+        });
+        let mut worker = Worker::new(disk);
+        let mut aligned = Pieces::new(&[512], 0);
+        let mut odd = Pieces::new(&[512], 1);
+        let stale = (0..5000).find(|&round| {
+            let bytes = pattern(512, round);
+            aligned.fill(&bytes);
+            let buffers = aligned.buffers();
+            let wrote = worker.run(WRITE, MIB, &buffers);
+            let buffers = odd.buffers();
+            let read = worker.run(READ, MIB, &buffers);
+            (wrote, read) != (Ok(512), Ok(512)) || odd.bytes() != bytes
+        });
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(stale, None, "a round whose write was not read");
+    });
+}
+
+#[test]
+fn an_unaligned_read_beside_direct_writes_sees_what_was_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), 8 * MIB);
+    fs::write(&path, vec![0; 8 * MIB]).unwrap();
+    reads_back_what_it_wrote(&open(&path, Direct::Auto));
+    let Some(device) = LoopDevice::new(&path) else { return };
+    reads_back_what_it_wrote(&open(&device.0, Direct::On));
+}
+
+/// How many pages of a file or device are in the host's page cache.
+fn cached_pages(path: &Path) -> usize {
+    let file = File::open(path).unwrap();
+    let len = (&file).seek(SeekFrom::End(0)).unwrap() as usize;
+    let mut pages = vec![0u8; len.div_ceil(4096)];
+    // SAFETY: a new mapping, which is not read; the vector has a byte for each of its pages.
+    unsafe {
+        let (read, shared) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::SHARED);
+        let start = rustix::mm::mmap(std::ptr::null_mut(), len, read, shared, &file, 0).unwrap();
+        assert_eq!(libc::mincore(start, len, pages.as_mut_ptr()), 0);
+        rustix::mm::munmap(start, len).unwrap();
+    }
+    pages.iter().filter(|&&page| page & 1 != 0).count()
+}
+
+#[test]
+fn a_direct_disk_leaves_nothing_in_the_page_cache() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), 2 * MIB);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&pattern(2 * MIB, 1), 0).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let disk = open(&path, Direct::Auto);
+    if !disk.is_direct() {
+        return skip("no direct I/O in the temporary directory");
+    }
+    assert_eq!(cached_pages(&path), 0);
+    let mut worker = Worker::new(&disk);
+    for shift in [0, 1] {
+        let mut pieces = Pieces::new(&[1024, 100 * KIB], shift);
+        let len = (101 * KIB) as u64;
+        for operation in [WRITE, Operation::Write { fua: true }, READ] {
+            assert_eq!(worker.run(operation, 512, &pieces.buffers()), Ok(len));
+        }
+    }
+    let zero = |may_unmap| Operation::WriteZeroes { may_unmap };
+    for operation in [Operation::Discard, zero(true), zero(false)] {
+        for (offset, len) in [(512, 64 * KIB), (MIB + 1536, 512), (MIB, 8 * KIB)] {
+            assert_eq!(worker.order(operation, offset, len), Ok(len as u64));
+        }
+    }
+    assert_eq!(cached_pages(&path), 0);
+}
+
+#[test]
+fn a_thick_image_stays_thick_without_discard() {
+    for directory in directories() {
+        let path = image(directory.path(), 4 * MIB);
+        fs::write(&path, pattern(4 * MIB, 1)).unwrap();
+        File::open(&path).unwrap().sync_all().unwrap();
+        let before = fs::metadata(&path).unwrap().blocks();
+        let disk = FileDisk::open(&path, &OpenOptions { discard: false, ..OpenOptions::default() });
+        let disk = disk.unwrap();
+        let Geometry { discard, discard_zeroes, .. } = disk.geometry();
+        assert_eq!((discard, discard_zeroes), (false, false));
+        let mut worker = Worker::new(&disk);
+        for operation in [
+            Operation::Discard,
+            Operation::WriteZeroes { may_unmap: true },
+            Operation::WriteZeroes { may_unmap: false },
+        ] {
+            assert_eq!(worker.order(operation, 512, 3 * MIB), Ok(3 * MIB as u64));
+            assert_eq!(worker.order(Operation::Flush, 0, 0), Ok(0));
+            assert!(fs::metadata(&path).unwrap().blocks() >= before, "{operation:?}");
+            let zeroes = fs::read(&path).unwrap()[512..][..3 * MIB].iter().all(|&byte| byte == 0);
+            assert_eq!(zeroes, operation != Operation::Discard);
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_has_another_size_says_so_when_it_is_asked() {
+    each_disk(MIB, |path, disk| {
+        let mut worker = Worker::new(disk);
+        let capacity = disk.capacity();
+        let mut pieces = Pieces::new(&[4096], 0);
+        let buffers = pieces.buffers();
+        File::options().write(true).open(path).unwrap().set_len(2 * MIB as u64 + 100).unwrap();
+        assert_eq!(worker.run(WRITE, MIB, &buffers), Err(BlockErrorKind::OutOfRange), "not yet");
+        assert_eq!(disk.refresh().unwrap(), 2 * MIB as u64, "in whole blocks");
+        assert_eq!((capacity.get(), disk.geometry().size), (2 * MIB as u64, 2 * MIB as u64));
+        assert_eq!(worker.run(WRITE, MIB, &buffers), Ok(4096));
+        File::options().write(true).open(path).unwrap().set_len(0).unwrap();
+        assert_eq!(disk.refresh().unwrap(), 0);
+        for operation in [READ, WRITE] {
+            assert_eq!(worker.run(operation, 0, &buffers), Err(BlockErrorKind::OutOfRange));
+        }
+    });
+}
+
+#[test]
+fn a_block_device_grows_and_shrinks() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), 2 * MIB);
+    let Some(device) = LoopDevice::new(&path) else { return };
+    let resize = |len: usize| {
+        File::options().write(true).open(&path).unwrap().set_len(len as u64).unwrap();
+        let status = Command::new("losetup").arg("--set-capacity").arg(&device.0).status();
+        assert!(status.unwrap().success());
+    };
+    for direct in [Direct::On, Direct::Off] {
+        resize(2 * MIB);
+        let disk = open(&device.0, direct);
+        let mut worker = Worker::new(&disk);
+        let mut pieces = Pieces::new(&[64 * KIB], 0);
+        let buffers = pieces.buffers();
+        resize(4 * MIB);
+        assert_eq!(disk.refresh().unwrap(), 4 * MIB as u64);
+        assert_eq!(worker.run(WRITE, 3 * MIB, &buffers), Ok(64 * KIB as u64));
+        assert_eq!(worker.order(Operation::Flush, 0, 0), Ok(0));
+        // The first that meets the end learns of it.
+        for operation in [READ, WRITE, Operation::Write { fua: true }] {
+            resize(4 * MIB);
+            disk.refresh().unwrap();
+            resize(MIB);
+            let behind = Err(BlockErrorKind::OutOfRange);
+            assert_eq!(worker.run(operation, MIB - 32 * KIB, &buffers), behind, "{direct:?}");
+            assert_eq!(disk.geometry().size, MIB as u64);
+        }
+        assert_eq!(worker.run(WRITE, MIB - 64 * KIB, &buffers), Ok(64 * KIB as u64));
+    }
+}
+
+#[test]
+fn a_device_with_blocks_of_4_kib_has_them_as_a_disk_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), 2 * MIB);
+    let Some(device) = LoopDevice::with_sectors(&path, 4096) else { return };
+    for direct in [Direct::On, Direct::Off] {
+        let disk = open(&device.0, direct);
+        let Geometry { logical_block, physical_block, discard_granularity, .. } = disk.geometry();
+        assert_eq!((logical_block, physical_block), (4096, 4096));
+        assert!(discard_granularity >= 4096);
+        assert_eq!(disk.is_direct(), direct == Direct::On);
+        let mut worker = Worker::new(&disk);
+        let mut pieces = Pieces::new(&[512], 0);
+        assert_eq!(worker.run(WRITE, 0, &pieces.buffers()), Err(BlockErrorKind::Malformed));
+        assert_eq!(worker.order(Operation::Discard, 512, 4096), Err(BlockErrorKind::Malformed));
+        for (seed, (lens, shift)) in
+            [(&[4096, 8192][..], 0), (&[1024, 3072, 512, 3584], 512), (&[65535, 1], 1)]
+                .into_iter()
+                .enumerate()
+        {
+            let len: usize = lens.iter().sum();
+            let bytes = pattern(len, seed);
+            pieces = Pieces::new(lens, shift);
+            pieces.fill(&bytes);
+            assert_eq!(worker.run(WRITE, 8192, &pieces.buffers()), Ok(len as u64));
+            pieces.fill(&vec![0xee; len]);
+            assert_eq!(worker.run(READ, 8192, &pieces.buffers()), Ok(len as u64));
+            assert!(pieces.bytes() == bytes, "{lens:?}");
+        }
+    }
+    // What that means for who wants another size.
+    let options = |block_size, direct| OpenOptions { block_size, direct, ..Default::default() };
+    let error = |options| FileDisk::open(&device.0, &options).unwrap_err().to_string();
+    let shown = device.0.display();
+    assert_eq!(
+        error(options(Some(512), Direct::On)),
+        format!(
+            "the host reads and writes {shown} past its page cache in blocks of 4096 bytes, not of \
+             512; say block-size=4096, or leave direct I/O off"
+        )
+    );
+    for block in [0, 256, 513, 8192] {
+        let error = error(options(Some(block), Direct::Auto));
+        assert!(error.contains("power of two from 512 to 4096"), "{error}");
+    }
+}
+
+/// Sectors of 512 bytes on a device that has none: the host reads the rest of a block, and writes it
+/// back with what is new. Nothing of the rest may be lost, whatever is under way beside it.
+#[test]
+fn sectors_of_a_device_with_larger_blocks_do_not_undo_each_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), 2 * MIB);
+    let Some(device) = LoopDevice::with_sectors(&path, 4096) else { return };
+    let options = OpenOptions { block_size: Some(512), ..OpenOptions::default() };
+    let disk = FileDisk::open(&device.0, &options).unwrap();
+    let Geometry { logical_block, physical_block, .. } = disk.geometry();
+    assert_eq!((logical_block, physical_block, disk.is_direct()), (512, 4096, false));
+    write_neighbours(&device.0, &disk);
+    for operation in [Operation::Discard, Operation::WriteZeroes { may_unmap: false }] {
+        let file = File::options().write(true).open(&device.0).unwrap();
+        file.write_all_at(&pattern(MIB, 3), 0).unwrap();
+        let mut worker = Worker::new(&disk);
+        assert_eq!(worker.order(operation, 1536, 64 * KIB), Ok(64 * KIB as u64));
+        let there = fs::read(&device.0).unwrap();
+        assert!(there[..1536] == pattern(MIB, 3)[..1536]);
+        let (zeroes, rest) = there[1536..MIB].split_at(64 * KIB);
+        assert!(zeroes.iter().all(|&byte| byte == 0), "{operation:?}");
+        assert!(rest == &pattern(MIB, 3)[1536 + 64 * KIB..]);
+    }
+    let mut worker = Worker::new(&disk);
+    assert_eq!(worker.order(Operation::Flush, 0, 0), Ok(0));
+}
+
+#[test]
+fn an_image_may_have_blocks_of_4_kib() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), MIB);
+    let options = OpenOptions { block_size: Some(4096), ..OpenOptions::default() };
+    let disk = FileDisk::open(&path, &options).unwrap();
+    let Geometry { logical_block, physical_block, size, .. } = disk.geometry();
+    assert_eq!((logical_block, physical_block, size), (4096, 4096, MIB as u64));
+    drop(disk);
+    image(directory.path(), MIB + 512);
+    let error = FileDisk::open(&path, &options).unwrap_err().to_string();
+    assert!(error.ends_with("is 1049088 bytes long, which is not a multiple of 4096"), "{error}");
 }
 
 /// One step of a workload: what, from which sector, how many, how odd the memory is.

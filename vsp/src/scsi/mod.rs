@@ -33,7 +33,7 @@ use backends::block::{BlockError, BlockErrorKind, Operation};
 pub use cdb::OperationCode;
 pub use provisioning::{Parameters, Range, Ranges};
 pub use sense::{AdditionalSense, FieldPointer, Sense, SenseKey};
-pub use unit::{Limits, LogicalUnit, plan_absent};
+pub use unit::{Limits, LogicalUnit, looks_anew, plan_absent};
 
 /// Room for the data of any command that is answered without a disk.
 pub type Scratch = [u8; 1024];

@@ -14,10 +14,11 @@ pub(super) const MAX_DESCRIPTORS: usize = 64;
 const UNMAP_HEADER: usize = 8;
 const UNMAP_DESCRIPTOR: usize = 16;
 
-/// Bytes that one command has the host discard or zero without moving them.
-const MAX_CHEAP_BYTES: u64 = 4 << 30;
+/// Bytes that one UNMAP discards.
+const MAX_DISCARDED_BYTES: u64 = 4 << 30;
 
-/// Bytes that one WRITE SAME has the host write where it cannot do without.
+/// Bytes that one WRITE SAME has the host write. The Block Limits page has one limit for all blocks,
+/// of zeroes or not, and any but zeroes are written one by one.
 const MAX_WRITTEN_BYTES: u64 = 32 << 20;
 
 /// Data the initiator has still to send.
@@ -81,12 +82,11 @@ impl Iterator for Ranges<'_> {
 
 impl LogicalUnit {
     pub(super) fn max_unmap_blocks(&self) -> u32 {
-        (MAX_CHEAP_BYTES >> self.block_shift) as u32
+        (MAX_DISCARDED_BYTES >> self.block_shift) as u32
     }
 
     pub(super) fn max_write_same_blocks(&self) -> u32 {
-        let cheap = self.geometry.write_zeroes;
-        (if cheap { MAX_CHEAP_BYTES } else { MAX_WRITTEN_BYTES } >> self.block_shift) as u32
+        (MAX_WRITTEN_BYTES >> self.block_shift) as u32
     }
 
     pub(super) fn unmap(&self, command: &Command<'_>, cdb: &Cdb) -> Result<Action<'static>, Sense> {

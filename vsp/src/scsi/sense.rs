@@ -11,6 +11,8 @@ impl SenseKey {
     pub const MEDIUM_ERROR: Self = Self(0x3);
     /// The command is wrong.
     pub const ILLEGAL_REQUEST: Self = Self(0x5);
+    /// Something about the unit is not as it was.
+    pub const UNIT_ATTENTION: Self = Self(0x6);
     /// The medium is protected.
     pub const DATA_PROTECT: Self = Self(0x7);
 }
@@ -65,6 +67,8 @@ impl Sense {
     pub const WRITE_PROTECTED: Self = Self::new(SenseKey::DATA_PROTECT, 0x27, 0x00);
     /// The host has no space left for it.
     pub const SPACE_ALLOCATION_FAILED: Self = Self::new(SenseKey::DATA_PROTECT, 0x27, 0x07);
+    /// The disk has another size than before.
+    pub const CAPACITY_HAS_CHANGED: Self = Self::new(SenseKey::UNIT_ATTENTION, 0x2a, 0x09);
     /// Mode pages have no saved values.
     pub const SAVING_NOT_SUPPORTED: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x39, 0x00);
 

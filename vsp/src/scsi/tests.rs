@@ -1,6 +1,6 @@
 //! The target's answers against the bytes that SPC-4 and SBC-3 give for them.
 
-use backends::block::{BlockError, BlockErrorKind, Geometry, Operation};
+use backends::block::{BlockError, BlockErrorKind, Capacity, Geometry, Operation};
 use proptest::prelude::*;
 
 use super::*;
@@ -230,7 +230,7 @@ fn vital_product_data() {
     assert_eq!(u32_at(24), 64, "maximum unmap descriptor count");
     assert_eq!(u32_at(28), 8, "optimal unmap granularity");
     assert_eq!(u32_at(32), 0x8000_0000, "unmap granularity alignment");
-    assert_eq!((u32_at(36), u32_at(40)), (0, 8 << 20), "maximum WRITE SAME length");
+    assert_eq!((u32_at(36), u32_at(40)), (0, 65536), "maximum WRITE SAME length");
 
     assert_eq!(vpd(&disk, 0xb1)[..2], [0, 1], "non-rotating");
     assert_eq!(vpd(&disk, 0xb2), [0, 0xe4, 2, 0]);
@@ -537,7 +537,23 @@ fn write_same() {
     let action = plan(&disk, Direction::Out, 511, &write_same_16(0, 0, 1));
     assert_eq!(refusal(&action), INVALID_FIELD);
 
-    // Where the host has to write each zero, no more than 32 MiB at once; and no unmapping.
+    // The host writes no more than 32 MiB for one command, as the Block Limits page says.
+    let limits = data(&disk, &[0x12, 1, 0xb0, 0, 64, 0]);
+    assert_eq!(limits[36..44], 65536_u64.to_be_bytes());
+    let Action::Parameters(parameters) =
+        plan(&disk, Direction::Out, 512, &write_same_16(0, 0, 65536))
+    else {
+        panic!()
+    };
+    let expected = Action::WriteSame { offset: 0, len: 32 * MIB, pattern: &pattern };
+    assert_eq!(disk.with_parameters(parameters, &pattern), expected);
+    assert_eq!(refused(&write_same_16(0, 0, 65537)), INVALID_FIELD);
+    assert_eq!(refused(&write_same_16(0, 0, u32::MAX)), OUT_OF_RANGE);
+    let large = unit_with(|geometry| (geometry.size, geometry.logical_block) = (1 << 40, 4096));
+    let action = plan(&large, Direction::Out, 4096, &write_same_16(0x08, 0, 8193));
+    assert_eq!(refusal(&action), INVALID_FIELD);
+
+    // Without discard there is no unmapping.
     let plain = unit_with(|geometry| *geometry = Geometry::new(64 * MIB));
     let action = plan(&plain, Direction::None, 0, &write_same_16(0x01, 0, 65536));
     assert_eq!(action, Action::WriteZeroes { offset: 0, len: 32 * MIB, may_unmap: false });
@@ -546,6 +562,89 @@ fn write_same() {
     let action = plan(&plain, Direction::None, 0, &write_same_16(0x09, 0, 1));
     assert_eq!(refusal(&action), INVALID_FIELD);
     assert_eq!(refusal(&plan(&plain, Direction::Out, 24, &unmap_cdb(24))), INVALID_OPCODE);
+}
+
+/// What a unit that cannot be thin says of itself, and answers.
+#[test]
+fn a_disk_that_keeps_its_space_has_no_thin_provisioning() {
+    let disk = unit_with(|geometry| (geometry.discard, geometry.discard_zeroes) = (false, false));
+    let mut capacity_16 = [0; 16];
+    (capacity_16[0], capacity_16[1], capacity_16[13]) = (0x9e, 0x10, 32);
+    assert_eq!(data(&disk, &capacity_16)[14], 0, "LBPME and LBPRZ");
+    assert_eq!(data(&disk, &[0x12, 1, 0xb2, 0, 64, 0])[4..8], [0; 4]);
+    assert_eq!(data(&disk, &[0x12, 1, 0xb0, 0, 64, 0])[20..36], [0; 16], "no UNMAP");
+    assert_eq!(refusal(&plan(&disk, Direction::Out, 24, &unmap_cdb(24))), INVALID_OPCODE);
+    for flags in [0x08, 0x09] {
+        let action = plan(&disk, Direction::Out, 512, &write_same_16(flags, 0, 1));
+        assert_eq!(refusal(&action), INVALID_FIELD);
+    }
+    let action = plan(&disk, Direction::None, 0, &write_same_16(0x01, 0, 8));
+    assert_eq!(action, Action::WriteZeroes { offset: 0, len: 4096, may_unmap: false });
+}
+
+#[test]
+fn another_size_is_told_once_by_the_next_command() {
+    const CHANGED: [u8; 3] = [6, 0x2a, 0x09];
+    let capacity = Capacity::new(64 * MIB);
+    let disk = unit().following(capacity.clone());
+    let read = [0x28, 0, 0, 3, 0, 0, 0, 0, 8, 0]; // behind the first 64 MiB
+    let inquiry = [0x12, 0, 0, 0, 36, 0];
+    let report_luns = [0xa0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0];
+    let read_capacity = [0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(refusal(&plan(&disk, Direction::In, 4096, &read)), OUT_OF_RANGE);
+
+    let others: [(Direction, &[u8]); 7] = [
+        (Direction::None, &[0; 6]),
+        (Direction::In, &read),
+        (Direction::Out, &[0x2a, 0, 0, 0, 0, 0, 0, 0, 8, 0]),
+        (Direction::None, &[0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        (Direction::In, &read_capacity),
+        (Direction::In, &[0x1a, 0, 0x3f, 0, 64, 0]),
+        (Direction::None, &[0xc0, 0, 0, 0, 0, 0]),
+    ];
+    for (index, (direction, cdb)) in others.into_iter().enumerate() {
+        let blocks = if index % 2 == 0 { 0x4_0000_u32 } else { 0x2_0000 };
+        capacity.set(u64::from(blocks) * 512);
+        // These neither tell it nor forget it.
+        assert_eq!(data(&disk, &inquiry).len(), 36);
+        assert_eq!(data(&disk, &report_luns).len(), 32);
+        assert_eq!(refusal(&plan(&disk, direction, 4096, cdb)), CHANGED, "{cdb:02x?}");
+        assert_eq!(data(&disk, &read_capacity)[..4], (blocks - 1).to_be_bytes(), "once");
+    }
+    assert!(matches!(plan(&disk, Direction::In, 4096, &read), Action::Read { .. }));
+
+    // Who asks for sense data gets it as data.
+    capacity.set(MIB);
+    let sense = data(&disk, &[0x03, 0, 0, 0, 18, 0]);
+    assert_eq!((sense[0], [sense[2], sense[12], sense[13]]), (0x70, CHANGED));
+    assert_eq!(data(&disk, &[0x03, 0, 0, 0, 18, 0])[2], 0);
+    assert_eq!(refusal(&plan(&disk, Direction::In, 4096, &read)), OUT_OF_RANGE);
+
+    // What is as it was again is nothing to tell.
+    capacity.set(2 * MIB);
+    capacity.set(MIB);
+    assert_eq!(plan(&disk, Direction::None, 0, &[0; 6]), Action::Complete(Outcome::good(0)));
+    // A disk of which nothing is left.
+    capacity.set(0);
+    assert_eq!(refusal(&plan(&disk, Direction::None, 0, &[0; 6])), CHANGED);
+    let first = [0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    assert_eq!(refusal(&plan(&disk, Direction::In, 512, &first)), OUT_OF_RANGE);
+}
+
+#[test]
+fn of_many_channels_one_is_told_of_another_size() {
+    let capacity = Capacity::new(64 * MIB);
+    let disk = unit().following(capacity.clone());
+    for size in 1..=100 {
+        capacity.set(size * MIB);
+        let told = std::thread::scope(|scope| {
+            let ask = || plan(&disk, Direction::None, 0, &[0; 6]);
+            let asking: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+            let good = Action::Complete(Outcome::good(0));
+            asking.into_iter().filter_map(|one| one.join().ok()).filter(|end| *end != good).count()
+        });
+        assert_eq!(told, 1, "{size} MiB");
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! A logical unit: one disk and its answer to every command.
 
-use backends::block::Geometry;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use backends::block::{Capacity, Geometry};
 
 use super::cdb::{Cdb, OperationCode};
 use super::sense::Sense;
@@ -13,7 +15,12 @@ pub struct Limits {
     pub max_transfer_bytes: u32,
 }
 
-/// A disk as SCSI sees it. It never changes, so channels can share one.
+/// A disk as SCSI sees it. Channels share one; nothing of it changes but the disk's size.
+///
+/// When that has changed, one command, on whichever channel, is not carried out and ends with a unit
+/// attention condition (SAM-5 5.14): so the initiator, which all channels of a controller are, is
+/// told once. INQUIRY and REPORT LUNS are carried out all the same, and REQUEST SENSE brings the
+/// condition as its data.
 ///
 /// ```
 /// use backends::block::Geometry;
@@ -26,10 +33,13 @@ pub struct Limits {
 /// let action = unit.plan(&command, &[0], &mut [0; 1024]);
 /// assert_eq!(action, Action::Read { offset: 0x100 * 512, len: 4096 });
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct LogicalUnit {
+    /// Its size is what it was at first.
     pub(super) geometry: Geometry,
-    pub(super) blocks: u64,
+    capacity: Capacity,
+    /// The size that the initiator knows, or has been told to ask for.
+    told: AtomicU64,
     pub(super) block_shift: u32,
     pub(super) max_transfer_blocks: u32,
     /// Printable ASCII, from the disk's id.
@@ -53,7 +63,8 @@ impl LogicalUnit {
             (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
         });
         Self {
-            blocks: geometry.size >> block_shift,
+            capacity: Capacity::new(geometry.size),
+            told: AtomicU64::new(geometry.size),
             block_shift,
             max_transfer_blocks: (limits.max_transfer_bytes >> block_shift).max(1),
             serial: id.iter().take(Self::MAX_SERIAL).map(|byte| printable(*byte)).collect(),
@@ -61,6 +72,25 @@ impl LogicalUnit {
             naa: (3 << 60 | hash >> 4).to_be_bytes(),
             geometry: geometry.clone(),
         }
+    }
+
+    /// The same unit, with the size that `capacity` has from time to time.
+    #[must_use]
+    pub fn following(mut self, capacity: Capacity) -> Self {
+        self.told = AtomicU64::new(capacity.get());
+        self.capacity = capacity;
+        self
+    }
+
+    pub(super) fn blocks(&self) -> u64 {
+        self.capacity.get() >> self.block_shift
+    }
+
+    /// Whether the initiator has still to be told of another size, and is so now.
+    fn takes_attention(&self) -> bool {
+        let size = self.capacity.get();
+        // Every channel looks at each command; only one of them changes it.
+        self.told.load(Ordering::Relaxed) != size && self.told.swap(size, Ordering::Relaxed) != size
     }
 
     /// What is to be done about a command. `luns` are the logical units of the controller, for
@@ -86,6 +116,13 @@ impl LogicalUnit {
         use OperationCode as Op;
 
         let cdb = Cdb::new(command.cdb).ok_or(Sense::INVALID_FIELD_IN_CDB)?;
+        if !matches!(cdb.code(), Op::INQUIRY | Op::REPORT_LUNS) && self.takes_attention() {
+            let sense = Sense::CAPACITY_HAS_CHANGED;
+            return match cdb.code() {
+                Op::REQUEST_SENSE => Ok(request_sense(command, &cdb, sense, scratch)),
+                _ => Err(sense),
+            };
+        }
         let lba_6 = || u64::from(cdb.u32::<0>() & 0x1f_ffff);
         let lba_10 = || u64::from(cdb.u32::<2>());
         let blocks_10 = || u32::from(cdb.u16::<7>());
@@ -241,7 +278,7 @@ impl LogicalUnit {
 
     /// The last LBA and the block length; an LBA that needs more than 32 bits is all ones.
     fn read_capacity_10(&self, command: &Command<'_>, scratch: &mut Scratch) -> Action<'static> {
-        let last = u32::try_from(self.blocks.saturating_sub(1)).unwrap_or(u32::MAX);
+        let last = u32::try_from(self.blocks().saturating_sub(1)).unwrap_or(u32::MAX);
         let mut data = [0; 8];
         data[..4].copy_from_slice(&last.to_be_bytes());
         data[4..].copy_from_slice(&self.geometry.logical_block.to_be_bytes());
@@ -257,7 +294,7 @@ impl LogicalUnit {
     ) -> Action<'static> {
         let Geometry { logical_block, physical_block, discard, discard_zeroes, .. } = self.geometry;
         let mut data = [0; 32];
-        data[..8].copy_from_slice(&self.blocks.saturating_sub(1).to_be_bytes());
+        data[..8].copy_from_slice(&self.blocks().saturating_sub(1).to_be_bytes());
         data[8..12].copy_from_slice(&logical_block.to_be_bytes());
         // Logical blocks per physical block, as a power of two.
         data[13] = (physical_block.max(logical_block) / logical_block).ilog2() as u8 & 0x0f;
@@ -269,7 +306,8 @@ impl LogicalUnit {
     /// The bytes of the disk that a range of blocks is.
     pub(super) fn range(&self, lba: u64, blocks: u64) -> Result<(u64, u64), Sense> {
         let end = lba.checked_add(blocks).ok_or(Sense::LBA_OUT_OF_RANGE)?;
-        if lba >= self.blocks || end > self.blocks {
+        let all = self.blocks();
+        if lba >= all || end > all {
             return Err(Sense::LBA_OUT_OF_RANGE);
         }
         // The disk's size has 64 bits, so these do not overflow.
@@ -279,6 +317,23 @@ impl LogicalUnit {
     pub(super) fn check_writable(&self) -> Result<(), Sense> {
         if self.geometry.read_only { Err(Sense::WRITE_PROTECTED) } else { Ok(()) }
     }
+}
+
+/// Whether a command may be part of a search for disks or for what has become of them, so that the
+/// disk's size has to be looked at before it ([`backends::block::Disk::refresh`]).
+pub fn looks_anew(cdb: &[u8]) -> bool {
+    use OperationCode as Op;
+
+    matches!(
+        cdb.first().map(|code| OperationCode(*code)),
+        Some(
+            Op::TEST_UNIT_READY
+                | Op::INQUIRY
+                | Op::READ_CAPACITY_10
+                | Op::SERVICE_ACTION_IN_16
+                | Op::REPORT_LUNS
+        )
+    )
 }
 
 /// What is to be done about a command to a logical unit that does not exist, on a controller whose
@@ -325,7 +380,7 @@ pub(super) fn no_protection(cdb: &Cdb) -> Result<(), Sense> {
     if cdb.u8::<1>() & 0xe0 == 0 { Ok(()) } else { Err(Sense::invalid_cdb_byte(1)) }
 }
 
-/// REQUEST SENSE. Sense data goes out with the command it belongs to, so none is ever left.
+/// REQUEST SENSE. Sense data goes out with the command it belongs to, so none of that is ever left.
 fn request_sense(
     command: &Command<'_>,
     cdb: &Cdb,

@@ -53,6 +53,8 @@ pub(crate) struct Engine {
     resets: Vec<u64>,
     buffers: Vec<Buffer>,
     scratch: Box<Scratch>,
+    /// What takes several steps takes no further one.
+    stopping: bool,
     /// Bytes that were handed to disks since somebody last asked.
     volume: u64,
 }
@@ -82,6 +84,16 @@ enum Rest {
         left: u64,
         pattern: Box<[u8]>,
     },
+}
+
+impl Rest {
+    fn is_left(&self) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Ranges(ranges) => ranges.len() > 0,
+            Self::Pattern { left, .. } => *left > 0,
+        }
+    }
 }
 
 /// Whom to answer: nobody, if the guest asked for no completion.
@@ -118,6 +130,7 @@ impl Engine {
             resets: Vec::new(),
             buffers: Vec::with_capacity(MAX_PIECES),
             scratch: Box::new([0; _]),
+            stopping: false,
             volume: 0,
         })
     }
@@ -140,6 +153,11 @@ impl Engine {
     /// Bytes that were handed to disks since the last call.
     pub(super) fn take_volume(&mut self) -> u64 {
         std::mem::take(&mut self.volume)
+    }
+
+    /// The channel is to be closed: requests that take several steps are cut short.
+    pub(super) fn stop(&mut self) {
+        self.stopping = true;
     }
 
     /// Takes the answers that are ready.
@@ -220,6 +238,11 @@ impl Engine {
                 _ => self.reply(transaction, invalid(&request)),
             };
         };
+        if scsi::looks_anew(cdb)
+            && let Err(error) = unit.disk.refresh()
+        {
+            crate::limited!(warn!(lun, "cannot learn a disk's size: {error}"));
+        }
         let action = unit.scsi.plan(&command, &self.present, &mut self.scratch);
         let Action::Parameters(parameters) = action else {
             return self.carry_out(
@@ -357,7 +380,8 @@ impl Engine {
                 self.report(usize::from(index), &error);
             }
             let outcome = scsi::outcome(slot.operation, slot.len, result);
-            if outcome.status == Status::GOOD && self.go_on(index, uring) {
+            let cut_short = self.stopping && slot.rest.is_left();
+            if outcome.status == Status::GOOD && !cut_short && self.go_on(index, uring) {
                 continue;
             }
             let Some(slot) = self.slots.get_mut(usize::from(index)) else { continue };
@@ -365,7 +389,10 @@ impl Engine {
                 Some(bytes) => outcome.with_transferred(bytes),
                 None => outcome,
             };
-            let answer = answered(&slot.request, outcome);
+            let answer = match outcome.status {
+                Status::GOOD if cut_short => failed(&slot.request, SrbStatus::Aborted),
+                _ => answered(&slot.request, outcome),
+            };
             let transaction = slot.transaction.take();
             slot.rest = Rest::Nothing;
             self.free.push(index);

@@ -9,8 +9,11 @@
 //! ```
 //!
 //! A guest opens the controller's channel, and as many sub-channels as it has further processors;
-//! each channel takes requests for any LUN and answers its own. Workers share the LUNs, which do
-//! not change, and nothing else.
+//! each channel takes requests for any LUN and answers its own. Workers share the LUNs, of which
+//! nothing changes but a disk's size, and nothing else.
+//!
+//! A disk's size is looked at when a guest asks what the disk is ([`crate::scsi::looks_anew`]); whoever may
+//! change it can call [`Disk::refresh`] at any time. The guest's next command tells it.
 //!
 //! A disk on an emulated IDE channel can be offered here too, as a device of its own with that one
 //! disk as LUN 0 ([`Controller::ide`]): a guest that knows the VMBus takes this path to it.
@@ -109,7 +112,7 @@ impl Luns {
 impl Unit {
     fn new(disk: Arc<dyn Disk>) -> Self {
         let scsi = LogicalUnit::new(&disk.geometry(), &Limits { max_transfer_bytes: MAX_TRANSFER });
-        Self { scsi, disk }
+        Self { scsi: scsi.following(disk.capacity()), disk }
     }
 }
 

@@ -136,6 +136,9 @@ impl Worker {
         self.stay_awake();
         loop {
             let stopping = self.channel.stop_requested();
+            if stopping {
+                self.engine.stop();
+            }
             let gathered = if stopping { 0 } else { self.gather(true)? };
             self.uring.submit()?;
             let answered = self.answer()?;

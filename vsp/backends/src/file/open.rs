@@ -6,11 +6,12 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, StatxFlags};
 
 use super::queue::FileQueue;
-use crate::block::{Disk, Geometry, Queue, SECTOR};
+use crate::block::{BlockError, BlockErrorKind, Capacity, Disk, Geometry, Queue, SECTOR};
 use crate::uring::{Tag, Uring};
 
 /// Whether an image is read and written past the host's page cache.
@@ -37,11 +38,27 @@ pub struct OpenOptions {
     pub lock: bool,
     /// The disk's name; made from the path if there is none.
     pub id: Option<String>,
+    /// The size of a logical block in bytes: [`SECTOR`] to [`LARGEST_BLOCK`], a power of two. If it is
+    /// not said, a block device's own, and [`SECTOR`] for a file.
+    pub block_size: Option<u32>,
+    /// Whether a guest may give space back: what it discards becomes free. If not, nothing that it
+    /// does, zeroes included, frees any.
+    pub discard: bool,
 }
+
+/// The largest logical block that a disk is shown with, in bytes.
+pub const LARGEST_BLOCK: u32 = 4096;
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, direct: Direct::Auto, lock: true, id: None }
+        Self {
+            read_only: false,
+            direct: Direct::Auto,
+            lock: true,
+            id: None,
+            block_size: None,
+            discard: true,
+        }
     }
 }
 
@@ -61,16 +78,20 @@ pub enum OpenError {
     NotADisk { path: PathBuf },
     #[error("disk image {} is empty; give it a size, for example with truncate --size 1G", path.display())]
     Empty { path: PathBuf },
-    #[error("disk image {} is {size} bytes long, which is not a multiple of {SECTOR}", path.display())]
-    PartialSector { path: PathBuf, size: u64 },
+    #[error("disk image {} is {size} bytes long, which is not a multiple of {block}", path.display())]
+    PartialBlock { path: PathBuf, size: u64, block: u32 },
+    #[error("disk image {} cannot have blocks of {block} bytes; they are a power of two from {SECTOR} to {LARGEST_BLOCK}", path.display())]
+    BlockSize { path: PathBuf, block: u32 },
     #[error("disk image {} is in use by another process", path.display())]
     InUse { path: PathBuf },
     #[error("cannot lock disk image {}", path.display())]
     Lock { path: PathBuf, source: io::Error },
     #[error("disk image {} changed while it was being opened", path.display())]
     Changed { path: PathBuf },
-    #[error("the host cannot read and write {} past its page cache in {SECTOR}-byte blocks; leave direct I/O off", path.display())]
-    NoDirect { path: PathBuf },
+    #[error("the host cannot read and write {} past its page cache in {block}-byte blocks; leave direct I/O off", path.display())]
+    NoDirect { path: PathBuf, block: u32 },
+    #[error("the host reads and writes {} past its page cache in blocks of {needed} bytes, not of {block}; say block-size={needed}, or leave direct I/O off", path.display())]
+    DirectNeeds { path: PathBuf, block: u32, needed: u32 },
 }
 
 /// What direct I/O on a file demands, in bytes; powers of two.
@@ -85,6 +106,8 @@ pub(super) struct Alignment {
 /// The open descriptors, and what every queue on them has to know.
 #[derive(Debug)]
 pub(super) struct Image {
+    /// Its path, for messages.
+    name: String,
     pub(super) buffered: File,
     pub(super) direct: Option<(File, Alignment)>,
     /// Holds a file's lock, and does nothing else.
@@ -92,10 +115,51 @@ pub(super) struct Image {
     /// A block device, whose buffered descriptor holds the lock and the claim. The kernel has to
     /// see the claim on the descriptor by which it is to drop cached pages before it zeroes.
     pub(super) is_device: bool,
-    pub(super) size: u64,
+    pub(super) capacity: Capacity,
+    /// Requests are whole multiples of this many bytes.
+    pub(super) block: u32,
     pub(super) read_only: bool,
     pub(super) punch_hole: bool,
     pub(super) zero_range: bool,
+    /// The host is asked to free or to zero whole units of so many bytes, a power of two; what sticks
+    /// out at either end is written. With parts of its own blocks it would take another way.
+    pub(super) zero_unit: u64,
+    /// A flush has failed, on whichever queue.
+    flush_failed: AtomicBool,
+}
+
+impl Image {
+    /// A flush has failed, and what it has lost the kernel has forgotten by now: asked again it would
+    /// say that all is well, to this descriptor and to others.
+    pub(super) fn flush_has_failed(&self, errno: i32) {
+        if !self.flush_failed.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                "{}: the host could not make the guest's writes stable ({}), and some may be lost; no \
+                 flush succeeds any more until the image is opened anew",
+                self.name,
+                io::Error::from_raw_os_error(errno)
+            );
+        }
+    }
+
+    /// Whether a flush may succeed.
+    pub(super) fn may_flush(&self) -> Result<(), BlockError> {
+        match self.flush_failed.load(Ordering::Relaxed) {
+            true => Err(BlockError::new(BlockErrorKind::Io)),
+            false => Ok(()),
+        }
+    }
+
+    /// See [`Disk::refresh`]. A part of a block at the end does not count.
+    pub(super) fn refresh(&self) -> io::Result<u64> {
+        let size = (&self.buffered).seek(SeekFrom::End(0))?;
+        let size = size - size % u64::from(self.block);
+        let before = self.capacity.set(size);
+        if before != size {
+            tracing::warn!("{}: it had {before} bytes, and has {size} now", self.name);
+        }
+        Ok(size)
+    }
 }
 
 /// A disk in a file or on a block device.
@@ -151,8 +215,16 @@ impl FileDisk {
         if size == 0 {
             return Err(OpenError::Empty { path: here() });
         }
-        if !size.is_multiple_of(u64::from(SECTOR)) {
-            return Err(OpenError::PartialSector { path: here(), size });
+        let own_block = match block_device {
+            true => rustix::fs::ioctl_blksszget(&lock).unwrap_or(SECTOR),
+            false => SECTOR,
+        };
+        let block = options.block_size.unwrap_or(own_block);
+        if !block.is_power_of_two() || !(SECTOR..=LARGEST_BLOCK).contains(&block) {
+            return Err(OpenError::BlockSize { path: here(), block });
+        }
+        if !size.is_multiple_of(u64::from(block)) {
+            return Err(OpenError::PartialBlock { path: here(), size, block });
         }
 
         let in_place = if lives_in_memory(&lock) { libc::O_NONBLOCK } else { 0 };
@@ -177,13 +249,29 @@ impl FileDisk {
                 reopen(libc::O_DIRECT).ok().and_then(|file| alignment(&file).map(|a| (file, a)))
             }
         };
-        if options.direct == Direct::On && direct.is_none() {
-            return Err(OpenError::NoDirect { path: here() });
-        }
+        let direct = match direct {
+            Some((_, Alignment { offset, .. })) if offset > block => {
+                if options.direct == Direct::On {
+                    return Err(OpenError::DirectNeeds { path: here(), block, needed: offset });
+                }
+                None
+            }
+            None if options.direct == Direct::On => {
+                return Err(OpenError::NoDirect { path: here(), block });
+            }
+            direct => direct,
+        };
 
-        let talents = match block_device {
+        let mut talents = match block_device {
             true => Talents::of_device(&opened),
             false => Talents::of_file(&buffered, path, size, options.read_only),
+        };
+        talents.punch_hole &= options.discard;
+        let zero_unit = match block_device {
+            true => own_block,
+            // A file system zeroes a part of a block by way of the page cache.
+            false if direct.is_some() => valid_block(talents.granularity),
+            false => 1,
         };
         let physical_block = match block_device {
             true => rustix::fs::ioctl_blkpbszget(&buffered).unwrap_or(SECTOR),
@@ -192,10 +280,11 @@ impl FileDisk {
         };
         let writable = !options.read_only;
         let geometry = Geometry {
-            physical_block: valid_block(physical_block),
+            logical_block: block,
+            physical_block: valid_block(physical_block).max(block),
             read_only: options.read_only,
             discard: writable && talents.punch_hole,
-            discard_granularity: valid_block(talents.granularity),
+            discard_granularity: valid_block(talents.granularity).max(block),
             discard_zeroes: writable && talents.punch_hole,
             write_zeroes: writable && (talents.punch_hole || talents.zero_range),
             rotational: talents.rotational,
@@ -203,14 +292,18 @@ impl FileDisk {
             ..Geometry::new(size)
         };
         let image = Image {
+            name: path.display().to_string(),
             buffered,
             direct,
             lock,
             is_device: block_device,
-            size,
+            capacity: Capacity::new(size),
+            block,
             read_only: options.read_only,
             punch_hole: talents.punch_hole,
             zero_range: talents.zero_range,
+            zero_unit: u64::from(zero_unit),
+            flush_failed: AtomicBool::new(false),
         };
         Ok(Self { image: Arc::new(image), geometry })
     }
@@ -228,7 +321,15 @@ impl FileDisk {
 
 impl Disk for FileDisk {
     fn geometry(&self) -> Geometry {
-        self.geometry.clone()
+        Geometry { size: self.image.capacity.get(), ..self.geometry.clone() }
+    }
+
+    fn capacity(&self) -> Capacity {
+        self.image.capacity.clone()
+    }
+
+    fn refresh(&self) -> io::Result<u64> {
+        self.image.refresh()
     }
 
     fn queue(&self, tag: Tag, depth: u16, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {
@@ -301,11 +402,11 @@ impl Drop for Image {
     }
 }
 
-/// What direct I/O demands, if it can be used for every 512-byte sector.
+/// What direct I/O demands, if there is any for blocks that a disk can have.
 fn alignment(file: &File) -> Option<Alignment> {
     let found = told_alignment(file).unwrap_or_else(|| probed_alignment(file))?;
-    let valid = |bytes: u32| bytes.is_power_of_two() && bytes <= 4096;
-    (valid(found.memory) && valid(found.offset) && found.offset <= SECTOR).then_some(found)
+    let valid = |bytes: u32| bytes.is_power_of_two() && bytes <= LARGEST_BLOCK;
+    (valid(found.memory) && valid(found.offset)).then_some(found)
 }
 
 /// What the kernel says (Linux 6.1, and not for every file system); `Some(None)` if it says that
@@ -319,16 +420,17 @@ fn told_alignment(file: &File) -> Option<Option<Alignment>> {
     Some((memory != 0 && offset != 0).then_some(Alignment { memory, offset }))
 }
 
-/// What works: a read of one sector into memory that is aligned to it and no more, then to a page.
+/// What works: a read of one sector into memory that is aligned to it and no more, then to a page; then
+/// one of a page.
 fn probed_alignment(file: &File) -> Option<Alignment> {
     #[repr(align(8192))]
     struct Aligned([u8; 8192]);
     let mut buffer = Box::new(Aligned([0; 8192]));
-    [SECTOR, 4096].into_iter().find_map(|memory| {
-        let at = &mut buffer.0[memory as usize..][..SECTOR as usize];
+    [(SECTOR, SECTOR), (4096, SECTOR), (4096, 4096)].into_iter().find_map(|(memory, offset)| {
+        let at = &mut buffer.0[memory as usize..][..offset as usize];
         // SAFETY: the kernel writes at most the slice's length to it during the call.
         let read = unsafe { libc::pread(file.as_raw_fd(), at.as_mut_ptr().cast(), at.len(), 0) };
-        (read >= 0).then_some(Alignment { memory, offset: SECTOR })
+        (read >= 0).then_some(Alignment { memory, offset })
     })
 }
 

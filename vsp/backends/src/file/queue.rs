@@ -15,8 +15,8 @@ use io_uring::{opcode, types};
 
 use super::open::{Alignment, Image};
 use crate::block::{
-    BlockError, BlockErrorKind, Buffer, Completion, Completions, Operation, Queue, Request, SECTOR,
-    check,
+    BlockError, BlockErrorKind, Buffer, Capacity, Completion, Completions, Operation, Queue,
+    Request, check,
 };
 use crate::uring::{Cqe, Tag, Target, Token, Uring};
 
@@ -35,7 +35,7 @@ static ZEROES: Page = Page([0; 4096]);
 #[repr(align(4096))]
 struct Page([u8; 4096]);
 
-/// An aligned copy of what a guest writes from unaligned memory, a part at a time.
+/// An aligned copy of what a guest writes from unaligned memory or reads into it, a part at a time.
 #[repr(align(4096))]
 struct Copied([u8; 64 << 10]);
 
@@ -52,13 +52,20 @@ enum Method {
     Direct,
     /// Through the page cache.
     Buffered,
-    /// A direct write of an aligned copy.
+    /// By way of an aligned copy, between the device and that.
     Copy,
     PunchHole,
     ZeroRange,
     /// Zeroes written like any data.
     WriteZeroes,
     Sync,
+}
+
+impl Method {
+    /// Whether the host is asked to free or to zero a range, rather than given zeroes.
+    fn is_range(self) -> bool {
+        matches!(self, Self::PunchHole | Self::ZeroRange)
+    }
 }
 
 /// A request under way.
@@ -79,6 +86,15 @@ struct Slot {
     copy: Option<Box<Copied>>,
     attempts: u8,
     busy: bool,
+    /// The present step of zeroing: how many bytes of it, and whether they are a part of a unit
+    /// ([`Image::zero_unit`]), which is written.
+    part: u64,
+    is_edge: bool,
+    /// Units do not count: the host has no room for what would be written.
+    whole: bool,
+    /// What a write that was to be stable at once has failed with. It is tried again as an ordinary
+    /// one, to learn whether it was the writing or the flush behind it that failed.
+    unstable: Option<i32>,
 }
 
 impl Slot {
@@ -95,6 +111,10 @@ impl Slot {
             copy: None,
             attempts: 0,
             busy: false,
+            part: 0,
+            is_edge: false,
+            whole: false,
+            unstable: None,
         }
     }
 
@@ -145,6 +165,37 @@ impl Slot {
             })
     }
 
+    /// Chooses how much the next step of zeroing does, in units of `unit` bytes: what is in front of
+    /// the first, all whole ones, what is behind the last.
+    fn aim(&mut self, unit: u64) {
+        let unit = if self.whole { 1 } else { unit };
+        let (before, after) = (self.offset % unit, self.left % unit);
+        (self.part, self.is_edge) = match before {
+            0 if self.left >= unit => (self.left - after, false),
+            _ => (self.left.min(unit - before), true),
+        };
+    }
+
+    /// Spreads the first `bytes` of what was read over the guest's memory.
+    fn spread(&mut self, bytes: u64) {
+        let Some(copy) = &self.copy else { return };
+        let mut left = copy.0.get(..bytes as usize).unwrap_or_default();
+        for piece in self.pieces.get(self.first..).unwrap_or_default() {
+            let (now, later) = left.split_at(left.len().min(piece.len()));
+            // SAFETY: who submitted the request vouches for its buffers until it has ended; the copy
+            // is this slot's own.
+            unsafe { ptr::copy_nonoverlapping(now.as_ptr(), piece.address(), now.len()) };
+            left = later;
+        }
+    }
+
+    /// Room for the next bytes to read.
+    fn empty_copy(&mut self) -> &mut [u8] {
+        let copy = &mut self.copy.get_or_insert_with(Copied::new).0;
+        let len = copy.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        &mut copy[..len]
+    }
+
     /// Copies the next bytes to write out of the guest's memory.
     fn fill_copy(&mut self) -> &[u8] {
         let copy = &mut self.copy.get_or_insert_with(Copied::new).0;
@@ -164,6 +215,7 @@ impl Slot {
 /// See [`Queue`].
 pub(super) struct FileQueue {
     image: Arc<Image>,
+    capacity: Capacity,
     tag: Tag,
     buffered: Target,
     direct: Option<(Target, Alignment)>,
@@ -188,6 +240,7 @@ impl FileQueue {
             .map(|(file, alignment)| (uring.register_file(file.as_fd()), *alignment));
         let (punch_hole, zero_range) = (image.punch_hole, image.zero_range);
         Self {
+            capacity: image.capacity.clone(),
             image,
             tag,
             buffered,
@@ -211,12 +264,10 @@ impl FileQueue {
 
     /// How the rest of a read or write is best done: see the module's documentation.
     fn transfer_method(&self, slot: &Slot) -> Method {
-        let read = slot.operation == Operation::Read;
-        let whole_sectors = (slot.offset | slot.left).is_multiple_of(u64::from(SECTOR));
         match self.direct {
             Some((_, alignment)) if slot.is_aligned(alignment) => Method::Direct,
-            Some(_) if !read && whole_sectors => Method::Copy,
-            _ => Method::Buffered,
+            Some(_) => Method::Copy,
+            None => Method::Buffered,
         }
     }
 
@@ -233,7 +284,14 @@ impl FileQueue {
         let token = Token::new(self.tag, index as u64);
         let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
         let target = match (slot.method, &self.direct) {
-            (Method::Direct | Method::Copy, Some((target, _))) => *target,
+            (Method::Direct | Method::Copy | Method::WriteZeroes, Some((target, _))) => *target,
+            (method, direct) if method.is_range() => {
+                slot.aim(self.image.zero_unit);
+                match direct {
+                    Some((target, _)) if slot.is_edge => *target,
+                    _ => self.buffered,
+                }
+            }
             _ => self.buffered,
         };
         let entry = step(slot, target);
@@ -252,24 +310,15 @@ impl FileQueue {
     fn after(&mut self, index: usize, result: i32) -> Option<Result<u64, BlockError>> {
         let slot = self.slots.get_mut(index)?;
         let errno = match result {
-            0 if matches!(slot.method, Method::PunchHole | Method::ZeroRange | Method::Sync) => {
-                return Some(Ok(slot.len));
+            // Another queue may have been told what this one should have been.
+            0 if slot.method == Method::Sync => return Some(self.image.may_flush().map(|()| 0)),
+            0 if slot.method.is_range() && !slot.is_edge => {
+                let part = slot.part;
+                return self.moved(index, part);
             }
             // The file has shrunk, or the host writes nothing without a reason.
-            0 => return Some(Err(BlockError::new(BlockErrorKind::Io))),
-            1.. => {
-                slot.advance(result as u64);
-                slot.attempts = 0;
-                if slot.left == 0 {
-                    return Some(Ok(slot.len));
-                }
-                if matches!(slot.operation, Operation::Read | Operation::Write { .. }) {
-                    let slot = self.slots.get(index)?;
-                    let method = self.transfer_method(slot);
-                    self.slots.get_mut(index)?.method = method;
-                }
-                return None;
-            }
+            0 => return Some(Err(self.failed(index, None))),
+            1.. => return self.moved(index, result as u64),
             _ => result.wrapping_neg(),
         };
         match (errno, slot.method) {
@@ -279,13 +328,28 @@ impl FileQueue {
             }
             // The host demands more alignment than it has told.
             (libc::EINVAL, Method::Direct) => {
-                let read = slot.operation == Operation::Read;
-                slot.method = if read { Method::Buffered } else { Method::Copy };
+                slot.method = Method::Copy;
                 return None;
             }
-            (libc::EINVAL, Method::Copy) => {
-                slot.method = Method::Buffered;
+            (_, Method::Sync) => {
+                self.image.flush_has_failed(errno);
+                return Some(Err(BlockError::from_errno(errno)));
+            }
+            (_, Method::Direct | Method::Copy | Method::Buffered)
+                if slot.operation == (Operation::Write { fua: true })
+                    && slot.unstable.is_none() =>
+            {
+                slot.unstable = Some(errno);
                 return None;
+            }
+            (libc::ENOSPC | libc::EDQUOT, Method::PunchHole | Method::ZeroRange)
+                if slot.is_edge =>
+            {
+                slot.whole = true;
+                return None;
+            }
+            (_, Method::PunchHole | Method::ZeroRange) if slot.is_edge => {
+                return Some(Err(self.failed(index, Some(errno))));
             }
             (libc::EOPNOTSUPP | libc::ENOSYS, Method::PunchHole) => self.punch_hole = false,
             (libc::EOPNOTSUPP | libc::ENOSYS, Method::ZeroRange) => self.zero_range = false,
@@ -296,7 +360,7 @@ impl FileQueue {
                     return None;
                 }
             }
-            _ => return Some(Err(BlockError::from_errno(errno))),
+            _ => return Some(Err(self.failed(index, Some(errno)))),
         }
         // A host that cannot discard has all the same done what was asked for: a discard is a hint.
         let Operation::WriteZeroes { may_unmap } = self.slots.get(index)?.operation else {
@@ -305,6 +369,56 @@ impl FileQueue {
         let method = self.zero_method(may_unmap);
         self.slots.get_mut(index)?.method = method;
         None
+    }
+
+    /// What follows when a step has done `bytes`.
+    fn moved(&mut self, index: usize, bytes: u64) -> Option<Result<u64, BlockError>> {
+        let slot = self.slots.get_mut(index)?;
+        let whole = bytes >= slot.left;
+        if whole && slot.method != Method::Copy && slot.unstable.is_none() {
+            return Some(Ok(slot.len));
+        }
+        // By the direct descriptor the next step has to begin at a block again.
+        let unit = match &self.direct {
+            Some((_, alignment)) if !whole => u64::from(alignment.offset),
+            _ => 1,
+        };
+        let bytes = bytes - bytes % unit;
+        if bytes == 0 {
+            return Some(Err(self.failed(index, None)));
+        }
+        if slot.method == Method::Copy && slot.operation == Operation::Read {
+            slot.spread(bytes);
+        }
+        slot.advance(bytes);
+        slot.attempts = 0;
+        if slot.left == 0 {
+            return Some(match slot.unstable {
+                // It was written; so it was the flush that failed.
+                Some(errno) => {
+                    self.image.flush_has_failed(errno);
+                    Err(BlockError::from_errno(errno))
+                }
+                None => Ok(slot.len),
+            });
+        }
+        if matches!(slot.operation, Operation::Read | Operation::Write { .. }) {
+            let slot = self.slots.get(index)?;
+            let method = self.transfer_method(slot);
+            self.slots.get_mut(index)?.method = method;
+        }
+        None
+    }
+
+    /// Why a request fails that the host has ended early, or with `errno`: it may be the end of the
+    /// image, which has come nearer.
+    fn failed(&self, index: usize, errno: Option<i32>) -> BlockError {
+        let end = self.slots.get(index).map_or(0, |slot| slot.offset + slot.left);
+        match (self.image.refresh(), errno) {
+            (Ok(size), _) if end > size => BlockError::new(BlockErrorKind::OutOfRange),
+            (_, Some(errno)) => BlockError::from_errno(errno),
+            (_, None) => BlockError::new(BlockErrorKind::Io),
+        }
     }
 
     fn finish(&mut self, index: usize, result: Result<u64, BlockError>, done: &mut Completions) {
@@ -321,7 +435,7 @@ fn step(slot: &mut Slot, target: Target) -> Entry {
     let fd = target.fd();
     let offset = slot.offset;
     let write_flags = match slot.operation {
-        Operation::Write { fua: true } => libc::RWF_DSYNC,
+        Operation::Write { fua: true } if slot.unstable.is_none() => libc::RWF_DSYNC,
         _ => 0,
     };
     match slot.method {
@@ -346,6 +460,10 @@ fn step(slot: &mut Slot, target: Target) -> Entry {
                     .build(),
             }
         }
+        Method::Copy if slot.operation == Operation::Read => {
+            let room = slot.empty_copy();
+            opcode::Read::new(fd, room.as_mut_ptr(), room.len() as u32).offset(offset).build()
+        }
         Method::Copy => {
             let bytes = slot.fill_copy();
             opcode::Write::new(fd, bytes.as_ptr(), bytes.len() as u32)
@@ -353,24 +471,25 @@ fn step(slot: &mut Slot, target: Target) -> Entry {
                 .rw_flags(write_flags)
                 .build()
         }
-        Method::PunchHole | Method::ZeroRange => {
+        Method::PunchHole | Method::ZeroRange if !slot.is_edge => {
             let mode = match slot.method {
                 Method::PunchHole => libc::FALLOC_FL_PUNCH_HOLE,
                 _ => libc::FALLOC_FL_ZERO_RANGE,
             };
-            opcode::Fallocate::new(fd, slot.left)
+            opcode::Fallocate::new(fd, slot.part)
                 .offset(offset)
                 .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
                 .build()
         }
-        Method::WriteZeroes => {
+        Method::PunchHole | Method::ZeroRange | Method::WriteZeroes => {
             let page = ZEROES.0.len() as u64;
             let zeroes = |len: u64| Buffer::new(ZEROES.0.as_ptr().cast_mut(), len as usize);
-            let whole = (slot.left / page).min(256);
+            let len = if slot.method.is_range() { slot.part } else { slot.left };
+            let whole = (len / page).min(256);
             slot.pieces.clear();
             slot.first = 0;
             match whole {
-                0 => slot.pieces.push(zeroes(slot.left)),
+                0 => slot.pieces.push(zeroes(len)),
                 _ => slot.pieces.extend((0..whole).map(|_| zeroes(page))),
             }
             opcode::Writev::new(fd, slot.pieces.as_ptr().cast(), slot.pieces.len() as u32)
@@ -384,12 +503,17 @@ fn step(slot: &mut Slot, target: Target) -> Entry {
 impl Queue for FileQueue {
     unsafe fn submit(&mut self, request: Request<'_>, uring: &mut Uring, done: &mut Completions) {
         let Request { id, operation, offset, len, buffers } = request;
-        let Image { size, read_only, .. } = *self.image;
-        if let Err(error) = check(size, SECTOR, read_only, &request) {
+        let Image { block, read_only, .. } = *self.image;
+        if let Err(error) = check(self.capacity.get(), block, read_only, &request) {
             return done.push(Completion { id, result: Err(error) });
         }
         let nothing = match operation {
-            Operation::Flush => read_only,
+            Operation::Flush => {
+                if let Err(error) = self.image.may_flush() {
+                    return done.push(Completion { id, result: Err(error) });
+                }
+                read_only
+            }
             // `fallocate` refuses an empty range.
             _ => len == 0,
         };
@@ -404,6 +528,7 @@ impl Queue for FileQueue {
         (slot.id, slot.operation) = (id, operation);
         (slot.offset, slot.left, slot.len) = (offset, len, len);
         (slot.attempts, slot.busy) = (0, true);
+        (slot.whole, slot.unstable) = (false, None);
         match operation {
             Operation::Read | Operation::Write { .. } => slot.set_pieces(buffers),
             _ => slot.set_pieces(&[]),
@@ -466,13 +591,29 @@ mod tests {
     /// test can say what the kernel has answered.
     struct Scripted {
         queue: FileQueue,
-        _uring: Uring,
+        uring: Uring,
         _memory: Box<Page>,
-        _directory: tempfile::TempDir,
+        directory: tempfile::TempDir,
     }
 
     impl Scripted {
         fn new(operation: Operation) -> Self {
+            match operation {
+                Operation::Flush => Self::at(operation, 0, 0),
+                _ => Self::at(operation, 0, 4096),
+            }
+        }
+
+        fn path(&self) -> std::path::PathBuf {
+            self.directory.path().join("disk.img")
+        }
+
+        /// What the worker does when the request goes on.
+        fn issue(&mut self) {
+            self.queue.issue(0, &mut self.uring).unwrap();
+        }
+
+        fn at(operation: Operation, offset: u64, len: u64) -> Self {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("disk.img");
             std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
@@ -484,12 +625,12 @@ mod tests {
             (queue.punch_hole, queue.zero_range) = (true, true);
             let mut memory = Box::new(Page([0; 4096]));
             let buffers = [Buffer::from(memory.0.as_mut_slice())];
-            let request = Request { id: 0, operation, offset: 0, len: 4096, buffers: &buffers };
+            let request = Request { id: 0, operation, offset, len, buffers: &buffers };
             let mut done = Completions::default();
             // SAFETY: the memory is dropped after the ring.
             unsafe { queue.submit(request, &mut uring, &mut done) };
             assert_eq!((done.len(), queue.in_flight()), (0, 1));
-            Self { queue, _uring: uring, _memory: memory, _directory: directory }
+            Self { queue, uring, _memory: memory, directory }
         }
 
         /// How the request goes on after a result, if it does.
@@ -519,24 +660,94 @@ mod tests {
         assert_eq!(write.method_after(512), Ok(Method::Direct));
         let slot = &write.queue.slots[0];
         assert_eq!((slot.offset, slot.left, slot.rest()[0].len()), (512, 3584, 3584));
-        // From the middle of a sector there is no way around the page cache.
-        assert_eq!(write.method_after(100), Ok(Method::Buffered));
-        assert_eq!(write.method_after(412), Ok(Method::Direct));
+        // A part of a sector is done again, as there is no way to go on within one.
+        assert_eq!(write.method_after(612), Ok(Method::Direct));
+        let slot = &write.queue.slots[0];
+        assert_eq!((slot.offset, slot.left), (1024, 3072));
         assert_eq!(write.method_after(3072), Err(Ok(4096)));
+        for result in [0, 100] {
+            let mut read = Scripted::new(Operation::Read);
+            assert_eq!(read.method_after(result), Err(Err(BlockErrorKind::Io)), "{result}");
+        }
+    }
+
+    #[test]
+    fn what_lies_behind_the_end_is_out_of_range() {
         let mut read = Scripted::new(Operation::Read);
-        assert_eq!(read.method_after(100), Ok(Method::Buffered));
-        assert_eq!(read.method_after(0), Err(Err(BlockErrorKind::Io)));
+        let image = std::fs::File::options().write(true).open(read.path()).unwrap();
+        image.set_len(512).unwrap();
+        assert_eq!(read.method_after(512), Ok(Method::Direct));
+        assert_eq!(read.method_after(0), Err(Err(BlockErrorKind::OutOfRange)));
+        assert_eq!(read.queue.capacity.get(), 512);
+    }
+
+    #[test]
+    fn a_flush_that_failed_is_told_to_every_queue_and_every_later_flush() {
+        let mut flush = Scripted::new(Operation::Flush);
+        let mut beside =
+            FileQueue::new(Arc::clone(&flush.queue.image), Tag(2), 2, &mut flush.uring);
+        let mut done = Completions::default();
+        let request =
+            |id| Request { id, operation: Operation::Flush, offset: 0, len: 0, buffers: &[] };
+        // SAFETY: there are no buffers.
+        unsafe { beside.submit(request(1), &mut flush.uring, &mut done) };
+        assert_eq!(flush.method_after(-libc::EIO), Err(Err(BlockErrorKind::Io)));
+        // The kernel has told the one, and knows nothing any more for the other.
+        assert_eq!(beside.after(0, 0), Some(Err(BlockError::new(BlockErrorKind::Io))));
+        // SAFETY: as above.
+        unsafe { beside.submit(request(2), &mut flush.uring, &mut done) };
+        let end = Completion { id: 2, result: Err(BlockError::new(BlockErrorKind::Io)) };
+        assert_eq!(done.pop(), Some(end));
+        beside.finish(0, Ok(0), &mut done);
+    }
+
+    #[test]
+    fn a_forced_write_that_was_written_and_not_flushed_is_a_flush_that_failed() {
+        let fua = Operation::Write { fua: true };
+        let failed = Err(Err(BlockErrorKind::Io));
+        let mut write = Scripted::new(fua);
+        assert_eq!(write.method_after(-libc::EIO), Ok(Method::Direct));
+        assert_eq!(write.method_after(4096), failed);
+        assert!(write.queue.image.may_flush().is_err());
+        // One that cannot be written has lost nobody else's.
+        let mut write = Scripted::new(fua);
+        assert_eq!(write.method_after(-libc::EIO), Ok(Method::Direct));
+        assert_eq!(write.method_after(-libc::EIO), failed);
+        assert!(write.queue.image.may_flush().is_ok());
     }
 
     #[test]
     fn a_host_that_is_pickier_than_it_said() {
-        let mut read = Scripted::new(Operation::Read);
-        assert_eq!(read.method_after(-libc::EINVAL), Ok(Method::Buffered));
-        assert_eq!(read.method_after(-libc::EINVAL), Err(Err(BlockErrorKind::Io)));
+        for operation in [Operation::Read, WRITE] {
+            let mut request = Scripted::new(operation);
+            assert_eq!(request.method_after(-libc::EINVAL), Ok(Method::Copy));
+            // Never by way of the page cache, beside direct writes.
+            assert_eq!(request.method_after(-libc::EINVAL), Err(Err(BlockErrorKind::Io)));
+        }
         let mut write = Scripted::new(WRITE);
-        assert_eq!(write.method_after(-libc::EINVAL), Ok(Method::Copy));
-        assert_eq!(write.method_after(-libc::EINVAL), Ok(Method::Buffered));
         assert_eq!(write.method_after(-libc::ENOSPC), Err(Err(BlockErrorKind::NoSpace)));
+    }
+
+    #[test]
+    fn parts_of_a_unit_are_written_and_the_rest_is_ranges() {
+        let zero = Operation::WriteZeroes { may_unmap: false };
+        let mut zeroes = Scripted::at(zero, 512, 3 * 4096);
+        let step = |zeroes: &Scripted| {
+            let slot = &zeroes.queue.slots[0];
+            (slot.offset, slot.part, slot.is_edge)
+        };
+        assert_eq!(step(&zeroes), (512, 3584, true));
+        assert_eq!(zeroes.method_after(3584), Ok(Method::ZeroRange));
+        zeroes.issue();
+        assert_eq!(step(&zeroes), (4096, 8192, false));
+        assert_eq!(zeroes.method_after(0), Ok(Method::ZeroRange));
+        zeroes.issue();
+        assert_eq!(step(&zeroes), (12288, 512, true));
+        // No room to write a part of a hole: then it is the file system's.
+        assert_eq!(zeroes.method_after(-libc::ENOSPC), Ok(Method::ZeroRange));
+        zeroes.issue();
+        assert_eq!(step(&zeroes), (12288, 512, false));
+        assert_eq!(zeroes.method_after(0), Err(Ok(3 * 4096)));
     }
 
     #[test]
@@ -563,6 +774,48 @@ mod tests {
         assert!(!discard.queue.punch_hole);
         let mut discard = Scripted::new(Operation::Discard);
         assert_eq!(discard.method_after(-libc::EIO), Err(Err(BlockErrorKind::Io)));
+    }
+
+    /// What a host without `fallocate` makes of zeroes, beside a write to the neighbouring sector.
+    #[test]
+    fn zeroes_and_their_neighbours_do_not_undo_each_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.img");
+        std::fs::write(&path, vec![0xee; 1 << 20]).unwrap();
+        let disk = FileDisk::open(&path, &OpenOptions::default()).unwrap();
+        let mut uring = Uring::new(64).unwrap();
+        let mut queue = FileQueue::new(disk.image(), Tag(1), 2, &mut uring);
+        (queue.punch_hole, queue.zero_range) = (false, false);
+        let mut done = Completions::default();
+        let mut memory = Box::new(Page([0; 4096]));
+        for round in 0..500_u64 {
+            let at = (round % 256) * 4096;
+            memory.0[..512].fill(round as u8 | 1);
+            let data = [Buffer::new(memory.0.as_mut_ptr(), 512)];
+            let zero = Operation::WriteZeroes { may_unmap: false };
+            let mut requests = [
+                Request { id: 0, operation: WRITE, offset: at, len: 512, buffers: &data },
+                Request { id: 1, operation: zero, offset: at + 512, len: 1024, buffers: &[] },
+            ];
+            requests.rotate_left(round as usize % 2);
+            for request in requests {
+                // SAFETY: the memory is dropped after the ring.
+                unsafe { queue.submit(request, &mut uring, &mut done) };
+            }
+            while done.len() < 2 {
+                uring.submit_and_wait(1).unwrap();
+                while let Some(cqe) = uring.next() {
+                    queue.complete(&cqe, &mut uring, &mut done);
+                }
+            }
+            while let Some(end) = done.pop() {
+                assert!(end.result.is_ok(), "{end:?}");
+            }
+            let there = &std::fs::read(&path).unwrap()[at as usize..][..2048];
+            assert!(there[..512] == memory.0[..512], "round {round}");
+            assert!(there[512..1536].iter().all(|&byte| byte == 0), "round {round}");
+        }
+        drop(uring);
     }
 
     #[test]
