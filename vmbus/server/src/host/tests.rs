@@ -21,7 +21,7 @@ const MEMORY: u64 = 4 << 20;
 const RING: u64 = 4;
 
 /// A SynIC with one message slot, which counts events.
-struct FakeSynic {
+pub(super) struct FakeSynic {
     slot: Mutex<Slot>,
     filled: EventFd,
     slot_free: EventFd,
@@ -57,7 +57,7 @@ fn event() -> EventFd {
 }
 
 impl FakeSynic {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         let port = FakePort { count: AtomicU64::new(0), vp: AtomicU64::new(0), event: event() };
         Arc::new(Self {
             slot: Mutex::default(),
@@ -409,6 +409,16 @@ fn subchannels_reach_the_same_device() {
     guest.echoes(&mut third, 7);
     guest.echoes(&mut first, 8);
     assert_eq!(host.counters().iter().map(|c| c.1).collect::<Vec<_>>(), [0, 2]);
+}
+
+#[test]
+fn sub_channels_are_asked_for_once_in_an_opening() {
+    let (mut channel, mut guest) = crate::testing::pair(1 << 20);
+    (0..1000).for_each(|_| channel.offer_subchannels(3));
+    assert_eq!(guest.subchannels_requested(), Some(3));
+    channel.offer_subchannels(2);
+    assert_eq!(guest.subchannels_requested(), Some(3));
+    channel.publish();
 }
 
 #[test]
