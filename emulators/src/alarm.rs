@@ -86,7 +86,7 @@ impl Alarm {
             let builder = std::thread::Builder::new().name(self.name.to_owned());
             match builder.stack_size(128 << 10).spawn(move || shared.run(&device)) {
                 Ok(handle) => *thread = Some(handle),
-                Err(error) => tracing::error!(%error, "cannot start the {} thread", self.name),
+                Err(error) => limited::error!(%error, "cannot start the {} thread", self.name),
             }
         }
         self.shared.changed.notify_one();

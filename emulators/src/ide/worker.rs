@@ -171,7 +171,7 @@ impl Worker {
                     Ok(_) => Ok(()),
                     Err(error) => {
                         if error.errno.is_some() {
-                            super::limited_warning(drive, &error);
+                            limited::warn!(drive, errno = error.errno, "IDE: {error}");
                         }
                         Err(error)
                     }

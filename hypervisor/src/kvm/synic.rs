@@ -123,7 +123,7 @@ fn set_timer(timer: &EventFd, after: Duration) {
     let value = Timespec { tv_sec: 0, tv_nsec: after.subsec_nanos().into() };
     let setting = Itimerspec { it_interval: zero, it_value: value };
     if let Err(error) = rustix::time::timerfd_settime(fd, TimerfdTimerFlags::empty(), &setting) {
-        tracing::error!(%error, "cannot set the timer of the message slots");
+        limited::error!(%error, "cannot set the timer of the message slots");
     }
 }
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use hypervisor::memory::GuestMemory;
@@ -26,7 +26,7 @@ use crate::channel::{Channel, ChannelCounters, Device, Gpadls, Link, Shared};
 use crate::mapping::map_ring;
 use crate::news::{Event, News, Opened};
 use crate::poll::wait;
-use crate::server::{Action, Limits, OpenRequest, Server};
+use crate::server::{Action, Limits, MessageError, OpenRequest, Server};
 
 /// Messages of the guest that wait for the bus's thread. Linux posts the 147 messages of a network
 /// receive buffer in a row, and waits when told that there is no room.
@@ -147,6 +147,21 @@ struct Running {
     port: Arc<dyn EventPort>,
 }
 
+/// Says what is wrong with a message of the guest.
+fn complain(error: &MessageError) {
+    if is_ordinary(error) {
+        tracing::debug!("VMBus: {error}");
+    } else {
+        limited::warn!("VMBus: {error}");
+    }
+}
+
+/// Whether a guest that does nothing wrong may cause this: it asks for the newest version that it knows,
+/// and then for older ones.
+fn is_ordinary(error: &MessageError) -> bool {
+    matches!(error, MessageError::Version(_))
+}
+
 /// What the thread owns.
 struct Bus {
     server: Server,
@@ -165,7 +180,6 @@ struct Bus {
     /// The slot of the first message was taken.
     blocked: bool,
     stopping: bool,
-    complaints: Complaints,
 }
 
 impl Bus {
@@ -204,7 +218,6 @@ impl Bus {
             outbox: VecDeque::new(),
             blocked: false,
             stopping: false,
-            complaints: Complaints::default(),
         })
     }
 
@@ -220,7 +233,7 @@ impl Bus {
             {
                 let payload = post.bytes.get(..post.len).unwrap_or_default();
                 if let Err(error) = self.server.guest_message(payload) {
-                    self.complaints.say(&error);
+                    complain(&error);
                 }
                 self.act();
                 continue;
@@ -237,7 +250,7 @@ impl Bus {
                 Ok([false, false] | [_, true]) => self.blocked = false,
                 Ok(_) => {}
                 Err(error) => {
-                    tracing::error!("the bus cannot wait: {error}");
+                    limited::error!("the bus cannot wait: {error}");
                     // Nothing can be heard any more, but workers can still be told to end.
                     self.hear(&Event::Stop);
                     std::thread::sleep(Duration::from_millis(10));
@@ -284,7 +297,7 @@ impl Bus {
     fn unbind(&self, relid: Relid, doorbell: &EventFd) {
         let connection = ConnectionId::new(Server::connection_of(relid));
         if let Err(error) = self.synic.unbind(connection, doorbell) {
-            tracing::warn!("channel {relid}: cannot unbind its doorbell: {error}");
+            limited::warn!("channel {relid}: cannot unbind its doorbell: {error}");
         }
     }
 
@@ -305,7 +318,7 @@ impl Bus {
                     let relid = request.relid;
                     let opened = self.open(request);
                     if let Err(error) = &opened {
-                        self.complaints.say(&format_args!("cannot open channel {relid}: {error}"));
+                        limited::warn!("VMBus: cannot open channel {relid}: {error}");
                     }
                     self.server.channel_opened(relid, opened.is_ok());
                 }
@@ -395,32 +408,12 @@ impl Bus {
                     self.outbox.pop_front();
                 }
                 Posted::Disabled => {
-                    self.complaints.say(&"a message is due to a VP that takes none");
+                    limited::warn!("VMBus: a message is due to a VP that takes none");
                     self.outbox.pop_front();
                 }
             }
         }
         !(full && self.outbox.len() < OUTBOX)
-    }
-}
-
-/// Log lines that a guest can cause: one a second at most.
-#[derive(Default)]
-struct Complaints {
-    last: Option<Instant>,
-    kept_back: u64,
-}
-
-impl Complaints {
-    fn say(&mut self, what: &dyn std::fmt::Display) {
-        let now = Instant::now();
-        if self.last.is_some_and(|last| now.duration_since(last) < Duration::from_secs(1)) {
-            self.kept_back += 1;
-            return;
-        }
-        let kept_back = std::mem::take(&mut self.kept_back);
-        self.last = Some(now);
-        tracing::warn!(kept_back, "VMBus: {what}");
     }
 }
 

@@ -423,7 +423,7 @@ impl Uring {
             }
             if self.in_flight > 0 && !told {
                 told = true;
-                tracing::warn!(
+                limited::warn!(
                     operations = self.in_flight,
                     "the host does not end I/O that was cancelled; its worker waits for it"
                 );
@@ -456,7 +456,7 @@ impl Drop for Uring {
         match self.drain() {
             Ok(unheard) => self.remains.release(unheard),
             Err(error) => {
-                tracing::error!(%error, "an io_uring was closed with operations under way");
+                limited::error!(%error, "an io_uring was closed with operations under way");
                 self.remains.abandon();
             }
         }

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use backends::net::{Completion, Completions, Network, Offloads, Queue, QueueConfig};
 use backends::uring::{Cqe, Tag, Uring};
 use hypervisor::GuestMemory;
-use tracing::{debug, warn};
 use vmbus::nvsp::{
     Capabilities, ChannelType, Message, MessageKind, Outgoing, RndisPacket, RndisPacketComplete,
     SEND_TABLE_ENTRIES, SendIndirectionTable, Status, Version,
@@ -223,7 +222,7 @@ impl Engine {
         if packet.kind == PacketKind::Completion {
             if self.receives.complete(packet.transaction_id).is_err() {
                 self.count(|counters| counters.not_sent.add(1));
-                crate::limited!(debug!("netvsp: a completion of nothing"));
+                limited::debug!("netvsp: a completion of nothing");
             }
             return Ok(());
         }
@@ -338,7 +337,7 @@ impl Engine {
             self.sends.send(id, receive.max_frame, queue.as_mut(), uring, &mut self.done);
         if let Some(why) = malformed {
             self.count(|counters| counters.malformed.add(1));
-            crate::limited!(debug!("netvsp: a packet was dropped: {why}"));
+            limited::debug!("netvsp: a packet was dropped: {why}");
         }
         self.ended(end);
     }
@@ -370,7 +369,7 @@ impl Engine {
             // on could not make good; but such a guest does not take coalesced ones.
             let gives = if settings.coalescing { COALESCING } else { Offloads::NONE };
             if let Err(error) = self.network.set_receive_offloads(gives) {
-                warn!("netvsp: the network cannot coalesce: {error}");
+                limited::warn!("netvsp: the network cannot coalesce: {error}");
             }
         }
         self.answer(id, completed(Status::Success));

@@ -105,7 +105,7 @@ impl Timers {
             let builder = std::thread::Builder::new().name("timers".to_owned());
             match builder.spawn(move || shared.run()) {
                 Ok(handle) => *thread = Some(handle),
-                Err(error) => tracing::error!(%error, "cannot start the timers' thread"),
+                Err(error) => limited::error!(%error, "cannot start the timers' thread"),
             }
         }
         self.shared.changed.notify_one();

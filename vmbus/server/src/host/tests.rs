@@ -421,6 +421,20 @@ fn sub_channels_are_asked_for_once_in_an_opening() {
     channel.publish();
 }
 
+/// Linux begins with 6.0, and asks for less until it is understood.
+#[test]
+fn a_newer_version_than_is_spoken_is_no_warning() {
+    let (_, inbox) = crossbeam_channel::bounded(1);
+    let (memory, news) = (GuestMemory::new(MEMORY).unwrap(), News::new().unwrap());
+    let mut bus = Bus::new(memory, FakeSynic::new(), 1, Vec::new(), inbox, news).unwrap();
+    let newer = InitiateContact { version: Version(6 << 16), ..contact() };
+    let error = bus.server.guest_message(newer.as_bytes()).unwrap_err();
+    assert_eq!(error.to_string(), "version 6.0 is not supported");
+    assert!(is_ordinary(&error));
+    let error = bus.server.guest_message(&[0xff; 8]).unwrap_err();
+    assert!(!is_ordinary(&error));
+}
+
 #[test]
 fn a_broken_ring_costs_its_channel_only() {
     let (_host, guest) = start(echoes(2));

@@ -199,7 +199,7 @@ impl StreamQueue {
         if self.up {
             self.up = false;
             if !self.shared.gone.swap(true, Ordering::Relaxed) {
-                tracing::warn!("{} was lost: {why}", self.shared.name);
+                limited::warn!("{} was lost: {why}", self.shared.name);
             }
             done.push(Completion::Link(false));
         }

@@ -340,7 +340,7 @@ impl TapQueue {
             self.up = false;
             self.shared.gone.store(true, Ordering::Relaxed);
             let error = io::Error::from_raw_os_error(errno);
-            tracing::warn!(queue = self.index, %error, "a tap was lost");
+            limited::warn!(queue = self.index, %error, "a tap was lost");
             done.push(Completion::Link(false));
         }
     }
@@ -434,7 +434,7 @@ impl Queue for TapQueue {
             NEWS => {
                 self.shared.look();
                 if let Err(error) = self.news.heard(cqe, uring) {
-                    tracing::warn!(queue = self.index, %error, "a tap's link is not watched any more");
+                    limited::warn!(queue = self.index, %error, "a tap's link is not watched any more");
                 }
             }
             _ => {}
