@@ -291,7 +291,7 @@ fn write_all(
     missed: &AtomicU64,
     waiting: &AtomicUsize,
 ) -> io::Result<()> {
-    let mut write = |file: &mut BufWriter<File>, record: Record| {
+    let write = |file: &mut BufWriter<File>, record: Record| {
         waiting.fetch_sub(record.bytes.len(), Ordering::Relaxed);
         write_frame(file, &record)
     };

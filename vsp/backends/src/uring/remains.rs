@@ -38,10 +38,12 @@ impl Remains {
     /// Keeps `value`, which the kernel may be using, for as long as it may.
     pub fn keep(&self, value: impl Any) {
         match &mut *self.0.borrow_mut() {
-            Ring::Lives(kept) => kept.push(Box::new(value)),
-            Ring::Drained(_) => drop(value),
-            Ring::Abandoned => mem::forget(value),
+            Ring::Lives(kept) => return kept.push(Box::new(value)),
+            Ring::Drained(_) => {}
+            Ring::Abandoned => return mem::forget(value),
         }
+        // Outside of the borrow, as below.
+        drop(value);
     }
 
     /// How the operations of a queue ended that were under way when the ring was dropped; `None` if it
