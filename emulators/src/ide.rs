@@ -30,7 +30,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use backends::block::{BlockError, Disk};
+use backends::block::Disk;
 use hypervisor::{Device, GuestMemory, InterruptLine};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -372,16 +372,6 @@ impl Device for BusMasterBlock {
             let register = offset as u8 & 7;
             self.port(offset).access(|channel| channel.write_master(register, *byte, may_start));
         }
-    }
-}
-
-/// Says that the host could not do something. A guest can bring this about by its accesses, so only
-/// the first few are told.
-fn limited_warning(drive: usize, error: &BlockError) {
-    const MOST: u64 = 20;
-    static TOLD: AtomicU64 = AtomicU64::new(0);
-    if TOLD.fetch_add(1, Ordering::Relaxed) < MOST {
-        tracing::warn!(drive, errno = error.errno, "IDE: {error}");
     }
 }
 

@@ -6,11 +6,8 @@
 
 #[doc(hidden)]
 pub mod fuzzing;
-mod limited;
 pub mod netvsp;
 mod precedence;
 pub mod scsi;
 pub mod storvsp;
 mod vigil;
-
-use limited::limited;

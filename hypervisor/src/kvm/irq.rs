@@ -186,7 +186,7 @@ impl InterruptLine for KvmLine {
 
     fn set_level(&self, high: bool) {
         if let Err(error) = self.vm.set_irq_line(self.gsi, high) {
-            tracing::warn!(gsi = self.gsi, %error, "cannot set an interrupt line");
+            limited::warn!(gsi = self.gsi, %error, "cannot set an interrupt line");
         }
     }
 }

@@ -308,8 +308,7 @@ impl Vp {
         let pics = split.filter(|_| self.has_pics());
         let index = self.index();
         let auto_eoi = self.user.as_mut().map(|user| (Arc::clone(user.auto_eoi().shared()), index));
-        let guard =
-            RunGuard { _stop: StopOnPanic(self.environment.stop.clone()), pics, auto_eoi };
+        let guard = RunGuard { _stop: StopOnPanic(self.environment.stop.clone()), pics, auto_eoi };
         guard.kicks().for_each(kick::Kick::begin);
         while !self.environment.stop.is_stopping() {
             let next = match self.end_interrupts().and_then(|()| self.offer_interrupt()) {

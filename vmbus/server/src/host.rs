@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use hypervisor::memory::GuestMemory;
@@ -22,10 +22,11 @@ use vmbus::protocol::{MAX_MESSAGE, MESSAGE_TYPE, Relid};
 use vmbus::ring::{Incoming, Outgoing, RingError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::channel::{Channel, ChannelCounters, Device, Event, Gpadls, Link, Opened, Shared};
+use crate::channel::{Channel, ChannelCounters, Device, Gpadls, Link, Shared};
 use crate::mapping::map_ring;
+use crate::news::{Event, News, Opened};
 use crate::poll::wait;
-use crate::server::{Action, Limits, OpenRequest, Server};
+use crate::server::{Action, Limits, MessageError, OpenRequest, Server};
 
 /// Messages of the guest that wait for the bus's thread. Linux posts the 147 messages of a network
 /// receive buffer in a row, and waits when told that there is no room.
@@ -41,8 +42,7 @@ const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// The bus of one partition, at work until it is dropped.
 pub struct Host {
     sink: Arc<Inbox>,
-    events: Sender<Event>,
-    wake: Arc<EventFd>,
+    news: News,
     counters: CounterTable,
     thread: Option<JoinHandle<Vec<Box<dyn Device>>>>,
 }
@@ -59,45 +59,13 @@ impl Host {
         vps: u32,
         devices: Vec<Box<dyn Device>>,
     ) -> io::Result<Self> {
-        let ram = memory.clone();
-        let mut server = Server::new(vps, Limits::default(), move |page| {
-            page.gpa().is_some_and(|gpa| ram.slice(gpa, PAGE_SIZE).is_some())
-        });
-        let mut by_relid = HashMap::new();
-        for (index, device) in devices.iter().enumerate() {
-            let offer = device.offer();
-            let relid = server
-                .offer(offer)
-                .ok_or_else(|| io::Error::other("there are more devices than channel numbers"))?;
-            by_relid.insert(relid, Offered { index, instance: offer.instance });
-        }
-
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let (events, news) = crossbeam_channel::unbounded();
+        let news = News::new()?;
         let (posts, inbox) = crossbeam_channel::bounded(INBOX);
-        let counters = CounterTable::default();
-        let bus = Bus {
-            server,
-            memory,
-            synic,
-            devices,
-            by_relid,
-            running: HashMap::new(),
-            serial: 0,
-            gpadls: Gpadls::default(),
-            counters: Arc::clone(&counters),
-            inbox,
-            news,
-            events: events.clone(),
-            wake: Arc::clone(&wake),
-            outbox: VecDeque::new(),
-            blocked: false,
-            stopping: false,
-            complaints: Complaints::default(),
-        };
+        let bus = Bus::new(memory, synic, vps, devices, inbox, news.clone())?;
+        let counters = Arc::clone(&bus.counters);
         let thread = std::thread::Builder::new().name("vmbus".into()).spawn(move || bus.run())?;
-        let sink = Arc::new(Inbox { posts, wake: Arc::clone(&wake) });
-        Ok(Self { sink, events, wake, counters, thread: Some(thread) })
+        let sink = Arc::new(Inbox { posts, news: news.clone() });
+        Ok(Self { sink, news, counters, thread: Some(thread) })
     }
 
     /// Where the guest's messages go.
@@ -121,8 +89,7 @@ impl Host {
     fn join(&mut self) -> std::thread::Result<Vec<Box<dyn Device>>> {
         let Some(thread) = self.thread.take() else { return Ok(Vec::new()) };
         // If the thread is gone already, there is nobody to tell.
-        let _ = self.events.send(Event::Stop);
-        let _ = self.wake.write(1);
+        self.news.tell(Event::Stop);
         thread.join()
     }
 }
@@ -143,7 +110,7 @@ struct Post {
 /// Where VPs leave the guest's messages.
 struct Inbox {
     posts: Sender<Post>,
-    wake: Arc<EventFd>,
+    news: News,
 }
 
 impl MessageSink for Inbox {
@@ -158,8 +125,7 @@ impl MessageSink for Inbox {
         }
         match self.posts.try_send(post) {
             Ok(()) => {
-                // Fails only when the counter is full, and then the bus is awake anyway.
-                let _ = self.wake.write(1);
+                self.news.wake();
                 HvStatus::SUCCESS
             }
             Err(TrySendError::Full(_)) => HvStatus::INSUFFICIENT_BUFFERS,
@@ -183,6 +149,21 @@ struct Running {
     port: Arc<dyn EventPort>,
 }
 
+/// Says what is wrong with a message of the guest.
+fn complain(error: &MessageError) {
+    if is_ordinary(error) {
+        tracing::debug!("VMBus: {error}");
+    } else {
+        limited::warn!("VMBus: {error}");
+    }
+}
+
+/// Whether a guest that does nothing wrong may cause this: it asks for the newest version that it knows,
+/// and then for older ones.
+fn is_ordinary(error: &MessageError) -> bool {
+    matches!(error, MessageError::Version(_))
+}
+
 /// What the thread owns.
 struct Bus {
     server: Server,
@@ -195,22 +176,57 @@ struct Bus {
     gpadls: Gpadls,
     counters: CounterTable,
     inbox: Receiver<Post>,
-    news: Receiver<Event>,
-    events: Sender<Event>,
-    wake: Arc<EventFd>,
+    news: News,
     /// To the guest, the first one first.
     outbox: VecDeque<(VpIndex, Message)>,
     /// The slot of the first message was taken.
     blocked: bool,
     stopping: bool,
-    complaints: Complaints,
 }
 
 impl Bus {
+    fn new(
+        memory: GuestMemory,
+        synic: Arc<dyn Synic>,
+        vps: u32,
+        devices: Vec<Box<dyn Device>>,
+        inbox: Receiver<Post>,
+        news: News,
+    ) -> io::Result<Self> {
+        let ram = memory.clone();
+        let mut server = Server::new(vps, Limits::default(), move |page| {
+            page.gpa().is_some_and(|gpa| ram.slice(gpa, PAGE_SIZE).is_some())
+        });
+        let mut by_relid = HashMap::new();
+        for (index, device) in devices.iter().enumerate() {
+            let offer = device.offer();
+            let relid = server
+                .offer(offer)
+                .ok_or_else(|| io::Error::other("there are more devices than channel numbers"))?;
+            by_relid.insert(relid, Offered { index, instance: offer.instance });
+        }
+        Ok(Self {
+            server,
+            memory,
+            synic,
+            devices,
+            by_relid,
+            running: HashMap::new(),
+            serial: 0,
+            gpadls: Gpadls::default(),
+            counters: CounterTable::default(),
+            inbox,
+            news,
+            outbox: VecDeque::new(),
+            blocked: false,
+            stopping: false,
+        })
+    }
+
     fn run(mut self) -> Vec<Box<dyn Device>> {
         loop {
             // News first: a guest that posts without a pause does not keep workers' ends unheard.
-            while let Ok(event) = self.news.try_recv() {
+            while let Some(event) = self.news.next() {
                 self.hear(&event);
             }
             if !self.stopping
@@ -219,7 +235,7 @@ impl Bus {
             {
                 let payload = post.bytes.get(..post.len).unwrap_or_default();
                 if let Err(error) = self.server.guest_message(payload) {
-                    self.complaints.say(&error);
+                    complain(&error);
                 }
                 self.act();
                 continue;
@@ -231,12 +247,12 @@ impl Bus {
                 continue;
             }
             let timeout = self.blocked.then_some(RETRY);
-            match wait([&self.wake, self.synic.slot_free()], timeout) {
+            match wait([self.news.event(), self.synic.slot_free()], timeout) {
                 // Nothing fired: the guest may have moved its message page meanwhile.
                 Ok([false, false] | [_, true]) => self.blocked = false,
                 Ok(_) => {}
                 Err(error) => {
-                    tracing::error!("the bus cannot wait: {error}");
+                    limited::error!("the bus cannot wait: {error}");
                     // Nothing can be heard any more, but workers can still be told to end.
                     self.hear(&Event::Stop);
                     std::thread::sleep(Duration::from_millis(10));
@@ -253,9 +269,9 @@ impl Bus {
                     self.server.offer_subchannels(by.relid, *count);
                 }
             }
-            Event::GpadlUnused { by, id } => {
-                if self.is_current(*by) {
-                    self.server.gpadl_unused(by.relid, *id);
+            Event::GpadlUnused(list) => {
+                if self.gpadls.is_unused(*list) {
+                    self.server.gpadl_unused(list.relid, list.id);
                 }
             }
             Event::Stop => {
@@ -283,7 +299,7 @@ impl Bus {
     fn unbind(&self, relid: Relid, doorbell: &EventFd) {
         let connection = ConnectionId::new(Server::connection_of(relid));
         if let Err(error) = self.synic.unbind(connection, doorbell) {
-            tracing::warn!("channel {relid}: cannot unbind its doorbell: {error}");
+            limited::warn!("channel {relid}: cannot unbind its doorbell: {error}");
         }
     }
 
@@ -304,7 +320,7 @@ impl Bus {
                     let relid = request.relid;
                     let opened = self.open(request);
                     if let Err(error) = &opened {
-                        self.complaints.say(&format_args!("cannot open channel {relid}: {error}"));
+                        limited::warn!("VMBus: cannot open channel {relid}: {error}");
                     }
                     self.server.channel_opened(relid, opened.is_ok());
                 }
@@ -356,13 +372,8 @@ impl Bus {
         };
         let shared = Arc::new(Shared::new(counters));
         self.serial += 1;
-        let link = Link {
-            opened: Opened { relid, serial: self.serial },
-            shared: Arc::clone(&shared),
-            gpadls: self.gpadls.clone(),
-            events: self.events.clone(),
-            wake: Arc::clone(&self.wake),
-        };
+        let opened = Opened { relid, serial: self.serial };
+        let link = Link::new(opened, Arc::clone(&shared), self.gpadls.clone(), self.news.clone());
         let channel = Channel::new(
             self.memory.clone(),
             incoming,
@@ -399,7 +410,7 @@ impl Bus {
                     self.outbox.pop_front();
                 }
                 Posted::Disabled => {
-                    self.complaints.say(&"a message is due to a VP that takes none");
+                    limited::warn!("VMBus: a message is due to a VP that takes none");
                     self.outbox.pop_front();
                 }
             }
@@ -408,25 +419,7 @@ impl Bus {
     }
 }
 
-/// Log lines that a guest can cause: one a second at most.
-#[derive(Default)]
-struct Complaints {
-    last: Option<Instant>,
-    kept_back: u64,
-}
-
-impl Complaints {
-    fn say(&mut self, what: &dyn std::fmt::Display) {
-        let now = Instant::now();
-        if self.last.is_some_and(|last| now.duration_since(last) < Duration::from_secs(1)) {
-            self.kept_back += 1;
-            return;
-        }
-        let kept_back = std::mem::take(&mut self.kept_back);
-        self.last = Some(now);
-        tracing::warn!(kept_back, "VMBus: {what}");
-    }
-}
-
+#[cfg(test)]
+mod lending;
 #[cfg(test)]
 mod tests;

@@ -222,7 +222,7 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: nobody uses the mapping any more: queues hold it by `Arc`.
         if let Err(error) = unsafe { munmap(self.start.as_ptr(), self.len) } {
-            tracing::warn!(%error, "could not unmap a disk in memory");
+            limited::warn!(%error, "could not unmap a disk in memory");
         }
     }
 }

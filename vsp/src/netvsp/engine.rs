@@ -12,7 +12,6 @@ use std::sync::Arc;
 use backends::net::{Completion, Completions, Network, Offloads, Queue, QueueConfig};
 use backends::uring::{Cqe, Tag, Uring};
 use hypervisor::GuestMemory;
-use tracing::{debug, warn};
 use vmbus::nvsp::{
     Capabilities, ChannelType, Message, MessageKind, Outgoing, RndisPacket, RndisPacketComplete,
     SEND_TABLE_ENTRIES, SendIndirectionTable, Status, Version,
@@ -223,7 +222,7 @@ impl Engine {
         if packet.kind == PacketKind::Completion {
             if self.receives.complete(packet.transaction_id).is_err() {
                 self.count(|counters| counters.not_sent.add(1));
-                crate::limited!(debug!("netvsp: a completion of nothing"));
+                limited::debug!("netvsp: a completion of nothing");
             }
             return Ok(());
         }
@@ -241,7 +240,11 @@ impl Engine {
             return self.negotiate(id, &message, channel, uring);
         }
         let rndis = message.body::<RndisPacket>();
-        let send = self.session.send.get().filter(|_| !self.session.send_loan.is_over());
+        if rndis.is_some_and(|rndis| rndis.section != RndisPacket::NO_SECTION) {
+            self.join_send_buffer();
+        }
+        let usable = self.send_pages.is_some() && !self.session.send_loan.is_over();
+        let send = self.session.send.get().filter(|_| usable);
         let Some(rndis) = rndis.filter(|rndis| self.sends.look_up(packet, rndis, send)) else {
             self.count(|counters| counters.malformed.add(1));
             self.answer(id, completed(Status::InvalidRndisPacket));
@@ -253,6 +256,14 @@ impl Engine {
             _ => self.answer(id, completed(Status::Failure)),
         }
         Ok(())
+    }
+
+    /// Takes this channel's part in the send buffer, which may have been shared after the channel was
+    /// opened. Without it the guest could have the buffer back while frames leave from there.
+    fn join_send_buffer(&mut self) {
+        if self.send_pages.is_none() && !self.session.send_loan.is_over() {
+            self.send_pages = self.session.send_loan.join();
+        }
     }
 
     fn answer(&mut self, id: Option<u64>, message: Outgoing) {
@@ -307,7 +318,7 @@ impl Engine {
             Step::SendBuffer(layout) => {
                 let memory = shared(layout.gpadl, &self.session.send_loan);
                 let _ = self.session.send.set(Send { memory, layout });
-                self.send_pages = self.session.send_loan.join();
+                self.join_send_buffer();
             }
             Step::RevokeReceive => self.session.revoke_receive(),
             Step::RevokeSend => self.session.revoke_send(),
@@ -326,7 +337,7 @@ impl Engine {
             self.sends.send(id, receive.max_frame, queue.as_mut(), uring, &mut self.done);
         if let Some(why) = malformed {
             self.count(|counters| counters.malformed.add(1));
-            crate::limited!(debug!("netvsp: a packet was dropped: {why}"));
+            limited::debug!("netvsp: a packet was dropped: {why}");
         }
         self.ended(end);
     }
@@ -358,7 +369,7 @@ impl Engine {
             // on could not make good; but such a guest does not take coalesced ones.
             let gives = if settings.coalescing { COALESCING } else { Offloads::NONE };
             if let Err(error) = self.network.set_receive_offloads(gives) {
-                warn!("netvsp: the network cannot coalesce: {error}");
+                limited::warn!("netvsp: the network cannot coalesce: {error}");
             }
         }
         self.answer(id, completed(Status::Success));
@@ -399,7 +410,7 @@ impl Engine {
             // What lies with the network is of the wrong size.
             queue.recall(uring, &mut self.done);
         }
-        if !self.closing {
+        if !self.closing && self.receive_pages.is_some() {
             self.receives.offer(queue.as_mut(), uring, &mut self.done);
         }
         queue.turn(uring, &mut self.done);

@@ -48,7 +48,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use backends::net::{MacAddr, Network, Offloads};
-use tracing::{debug, warn};
+use tracing::debug;
 use vmbus::{Guid, nvsp};
 use vmbus_server::{Channel, Device, OfferParams};
 
@@ -139,7 +139,7 @@ impl Nic {
     fn begin(&mut self) -> io::Result<Primary> {
         self.session = Some(Arc::new(Session::new(self.identity.channels)?));
         if let Err(error) = self.network.set_receive_offloads(Offloads::NONE) {
-            warn!("netvsp{}: the network keeps coalescing: {error}", self.number);
+            limited::warn!("netvsp{}: the network keeps coalescing: {error}", self.number);
         }
         let grants =
             Grants { subchannels: self.identity.channels - 1, max_mtu: self.identity.max_mtu };
@@ -186,7 +186,10 @@ impl Device for Nic {
                         Err(fault) => {
                             let source = std::error::Error::source(&fault);
                             let why = source.map(|s| format!(": {s}")).unwrap_or_default();
-                            warn!("netvsp{number}.{subchannel}: channel given up: {fault}{why}");
+                            // A guest may open channels and break them as long as it likes.
+                            limited::warn!(
+                                "netvsp{number}.{subchannel}: channel given up: {fault}{why}"
+                            );
                         }
                     }
                 }

@@ -18,7 +18,6 @@ use backends::block::{
 };
 use backends::uring::{Cqe, Tag, Uring};
 use hypervisor::{Gpa, GuestMemory};
-use tracing::warn;
 use vmbus::packet::{GpaRanges, Packet, PacketKind};
 use vmbus::vstor::{
     DataDirection, MAX_CDB, NtStatus, Operation, ScsiRequest, SrbStatus, VstorPacket,
@@ -407,7 +406,7 @@ impl Engine {
     fn report(&self, slot: usize, error: &backends::block::BlockError) {
         let Some(slot) = self.slots.get(slot) else { return };
         let lun = self.present.get(slot.queue).copied().unwrap_or_default();
-        crate::limited!(warn!(lun, errno = error.errno, "a disk of the host failed: {error}"));
+        limited::warn!(lun, errno = error.errno, "a disk of the host failed: {error}");
     }
 
     /// Answers a command that needs no disk, with its data from the scratch.

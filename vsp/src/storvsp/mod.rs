@@ -32,7 +32,7 @@ use std::thread;
 
 use backends::block::Disk;
 use thiserror::Error;
-use tracing::{debug, warn};
+use tracing::debug;
 use vmbus::{Guid, vstor};
 use vmbus_server::{Channel, Device, OfferParams};
 
@@ -270,7 +270,7 @@ impl Device for Controller {
                             let source = std::error::Error::source(&fault);
                             let why = source.map(|s| format!(": {s}")).unwrap_or_default();
                             // A guest may open channels and break them as long as it likes.
-                            crate::limited!(warn!("{name}: channel given up: {fault}{why}"));
+                            limited::warn!("{name}: channel given up: {fault}{why}");
                         }
                     }
                 }

@@ -18,7 +18,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -33,6 +33,9 @@ use crate::uring::{Cqe, Uring};
 
 /// Frames that can wait to be written.
 const BACKLOG: usize = 4096;
+
+/// Bytes of them: who sends does not wait for the disk, and may send long frames.
+const BACKLOG_BYTES: usize = 32 << 20;
 
 /// Types of blocks.
 const SECTION_HEADER: u32 = 0x0a0d_0d0a;
@@ -96,6 +99,8 @@ struct Recorder {
     /// `None` when nothing more comes.
     records: Option<Sender<Record>>,
     missed: Arc<AtomicU64>,
+    /// Bytes of frames that have not been written.
+    waiting: Arc<AtomicUsize>,
     writer: Option<JoinHandle<()>>,
 }
 
@@ -107,16 +112,18 @@ impl Capture {
         write_head(&mut file, name).and_then(|()| file.flush()).map_err(failed)?;
         let (records, written) = crossbeam_channel::bounded(BACKLOG);
         let missed = Arc::new(AtomicU64::new(0));
+        let waiting = Arc::new(AtomicUsize::new(0));
         let writer = std::thread::Builder::new().name("capture".into()).spawn({
             let (missed, path) = (Arc::clone(&missed), path.to_owned());
+            let waiting = Arc::clone(&waiting);
             move || {
-                if let Err(error) = write_all(&mut file, &written, &missed) {
+                if let Err(error) = write_all(&mut file, &written, &missed, &waiting) {
                     tracing::warn!(%error, "the capture {} ends early", path.display());
                 }
             }
         });
         let writer = Some(writer.map_err(failed)?);
-        let recorder = Arc::new(Recorder { records: Some(records), missed, writer });
+        let recorder = Arc::new(Recorder { records: Some(records), missed, waiting, writer });
         Ok(Self { recorder })
     }
 
@@ -144,13 +151,24 @@ impl Recorder {
     /// The buffers must be readable memory.
     unsafe fn record(&self, direction: Direction, buffers: &[Buffer], len: u32) {
         let Some(records) = &self.records else { return };
-        let mut bytes = vec![0; (len as usize).min(MAX_FRAME)];
+        let len = (len as usize).min(MAX_FRAME);
+        // The writer alone takes away, so there may be room for more than this says, and not for less
+        // but by a frame of each other queue.
+        if self.waiting.load(Ordering::Relaxed) + len > BACKLOG_BYTES {
+            self.missed.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let mut bytes = vec![0; len];
         // SAFETY: the caller vouches for the buffers.
         unsafe { Cursor::new(buffers).read(&mut bytes) };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let record = Record { time: now.as_nanos() as u64, direction, bytes };
-        if let Err(TrySendError::Full(_)) = records.try_send(record) {
-            self.missed.fetch_add(1, Ordering::Relaxed);
+        self.waiting.fetch_add(len, Ordering::Relaxed);
+        if let Err(refused) = records.try_send(record) {
+            self.waiting.fetch_sub(len, Ordering::Relaxed);
+            if matches!(refused, TrySendError::Full(_)) {
+                self.missed.fetch_add(1, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -271,11 +289,16 @@ fn write_all(
     file: &mut BufWriter<File>,
     records: &Receiver<Record>,
     missed: &AtomicU64,
+    waiting: &AtomicUsize,
 ) -> io::Result<()> {
+    let write = |file: &mut BufWriter<File>, record: Record| {
+        waiting.fetch_sub(record.bytes.len(), Ordering::Relaxed);
+        write_frame(file, &record)
+    };
     while let Ok(record) = records.recv() {
-        write_frame(file, &record)?;
+        write(file, record)?;
         for record in records.try_iter() {
-            write_frame(file, &record)?;
+            write(file, record)?;
         }
         file.flush()?;
     }
@@ -418,5 +441,37 @@ mod tests {
     fn a_file_that_cannot_be_is_refused() {
         let error = Capture::create(Path::new("/nonexistent/a"), "a").err().unwrap();
         assert_eq!(error.to_string(), "cannot write the capture /nonexistent/a");
+    }
+
+    /// A disk that does not keep up costs the capture frames, and the host no more memory than said.
+    #[test]
+    fn frames_that_wait_for_a_slow_disk_are_bounded_in_bytes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("slow");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        let (go, may_read) = crossbeam_channel::bounded::<()>(1);
+        let reader = std::thread::spawn({
+            let path = path.clone();
+            move || {
+                let mut file = File::open(path).unwrap();
+                let _ = may_read.recv();
+                io::copy(&mut file, &mut io::sink()).unwrap()
+            }
+        });
+        let capture = Capture::create(&path, "slow").unwrap();
+        let mut frame = vec![7u8; 60_000];
+        let buffers = [frame.as_mut_slice().into()];
+        for _ in 0..1000 {
+            // SAFETY: the buffer is this test's.
+            unsafe { capture.recorder.record(Direction::Outbound, &buffers, 60_000) };
+            assert!(capture.recorder.waiting.load(Ordering::Relaxed) <= BACKLOG_BYTES);
+        }
+        let missed = capture.recorder.missed.load(Ordering::Relaxed);
+        assert!(missed > 400, "{missed} of 1000 were left out");
+        go.send(()).unwrap();
+        drop(capture);
+        let written = reader.join().unwrap();
+        assert!(written >= (1000 - missed) * 60_000);
     }
 }

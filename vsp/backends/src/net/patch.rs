@@ -75,25 +75,28 @@ impl AsFd for Stop {
     }
 }
 
-/// Memory for the frames of one direction.
+/// The frames of one direction, in memory that the [`Patch`] has: what is received on one side is sent on
+/// the other, so neither side may take it along.
 struct Buffers {
-    memory: Vec<u8>,
+    start: *mut u8,
+    len: usize,
     /// Of a buffer, in bytes.
     room: usize,
 }
 
 impl Buffers {
-    fn new(room: usize) -> Self {
-        Self { memory: vec![0; room * usize::from(FRAMES)], room }
+    fn new(room: usize, memory: &mut Vec<u8>) -> Self {
+        *memory = vec![0; room * usize::from(FRAMES)];
+        Self { start: memory.as_mut_ptr(), len: memory.len(), room }
     }
 
     /// One of them. A number that none has gets one without bytes.
-    fn get(&mut self, id: u32) -> Buffer {
+    fn get(&self, id: u32) -> Buffer {
         let start = (id as usize).saturating_mul(self.room);
-        if start >= self.memory.len() {
-            return Buffer::new(self.memory.as_mut_ptr(), 0);
+        if start >= self.len {
+            return Buffer::new(self.start, 0);
         }
-        Buffer::new(self.memory.as_mut_ptr().wrapping_add(start), self.room)
+        Buffer::new(self.start.wrapping_add(start), self.room)
     }
 }
 
@@ -105,11 +108,16 @@ struct Side {
 }
 
 impl Side {
-    fn new(network: &dyn Network, tag: Tag, room: usize, uring: &mut Uring) -> io::Result<Self> {
+    fn new(
+        network: &dyn Network,
+        tag: Tag,
+        buffers: Buffers,
+        uring: &mut Uring,
+    ) -> io::Result<Self> {
         let config = QueueConfig { index: 0, tag, sends: FRAMES, receives: FRAMES };
         let queue = network.queue(config, uring)?;
         let done = Completions::with_capacity(2 * usize::from(FRAMES) + 2);
-        Ok(Self { queue, done, buffers: Buffers::new(room) })
+        Ok(Self { queue, done, buffers })
     }
 
     fn offer(&mut self, id: u32, uring: &mut Uring) {
@@ -119,8 +127,8 @@ impl Side {
     }
 }
 
-/// The cable while it is plugged in. Fields are dropped in order: the ring first, so that nothing
-/// reaches the buffers any more when they go.
+/// The cable while it is plugged in. Fields are dropped in order: the ring and the queues first, so that
+/// nothing reaches the buffers any more when they go.
 struct Patch<'a> {
     uring: Uring,
     port: Side,
@@ -129,6 +137,8 @@ struct Patch<'a> {
     plug: &'a Port,
     /// It is to come to its end.
     closing: bool,
+    /// Of the buffers of both sides.
+    _memory: [Vec<u8>; 2],
 }
 
 /// Hands frames from `port` to `far` and back until `stop` is requested or, if the link of `far` does
@@ -153,9 +163,14 @@ pub(super) fn run(
     let mut uring = Uring::new(ENTRIES)?;
     let stop = Doorbell::new(Arc::clone(stop), STOP);
     stop.arm(&mut uring)?;
-    let near = Side::new(port, PORT, room(link.takes), &mut uring)?;
-    let far = Side::new(far, FAR, room(link.gives), &mut uring)?;
-    let mut patch = Patch { uring, port: near, far, stop, plug: port, closing: !back && !link.up };
+    let mut memory = [const { Vec::new() }; 2];
+    let [near_memory, far_memory] = &mut memory;
+    let near = Buffers::new(room(link.takes), near_memory);
+    let near = Side::new(port, PORT, near, &mut uring)?;
+    let far_buffers = Buffers::new(room(link.gives), far_memory);
+    let far = Side::new(far, FAR, far_buffers, &mut uring)?;
+    let closing = !back && !link.up;
+    let mut patch = Patch { uring, port: near, far, stop, plug: port, closing, _memory: memory };
     patch.serve(back, &hang_up)
 }
 
@@ -193,7 +208,7 @@ impl Patch<'_> {
 
     /// A turn of both sides, with one enter for both. Returns how much was done.
     fn turn(&mut self, back: bool) -> io::Result<u32> {
-        let Self { uring, port, far, stop, plug, closing } = self;
+        let Self { uring, port, far, stop, plug, closing, .. } = self;
         port.queue.turn(uring, &mut port.done);
         far.queue.turn(uring, &mut far.done);
         uring.submit()?;

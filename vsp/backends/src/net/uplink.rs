@@ -89,7 +89,7 @@ impl Uplink {
                     }
                     Err(error) if !told => {
                         told = true;
-                        tracing::warn!("{}", Chain(&error));
+                        limited::warn!("{}", Chain(&error));
                     }
                     Err(_) => {}
                 }
@@ -140,7 +140,7 @@ impl Place {
                 Ok((socket, _)) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => {
-                    tracing::warn!(path = %self.path.display(), %error, "nobody can connect");
+                    limited::warn!(path = %self.path.display(), %error, "nobody can connect");
                     wait(stop, None, Some(PAUSE));
                     continue;
                 }
@@ -149,7 +149,7 @@ impl Place {
             let serve = move || place.serve(socket, &its);
             match thread::Builder::new().name("uplink".into()).spawn(serve) {
                 Ok(thread) => threads.push(thread),
-                Err(error) => tracing::warn!(%error, "a machine could not be joined"),
+                Err(error) => limited::warn!(%error, "a machine could not be joined"),
             }
         }
         meeting::leave(&self.path);
@@ -167,7 +167,7 @@ impl Place {
             patch::run(&port, &*network, stop, false, || stream.hang_up())
         });
         if let Err(error) = joined {
-            tracing::warn!(path = %self.path.display(), %error, "a machine could not be joined");
+            limited::warn!(path = %self.path.display(), %error, "a machine could not be joined");
         }
     }
 

@@ -289,7 +289,7 @@ impl Queue for PortQueue {
 
     fn complete(&mut self, cqe: &Cqe, uring: &mut Uring, _: &mut Completions) {
         if let Err(error) = self.bell.heard(cqe, uring) {
-            tracing::warn!(port = self.port.number, %error, "a port cannot be woken any more");
+            limited::warn!(port = self.port.number, %error, "a port cannot be woken any more");
         }
     }
 
