@@ -157,8 +157,13 @@ pub trait Queue {
     /// ring's next completions. Buffers offered afterwards are used as ever.
     fn recall(&mut self, uring: &mut Uring, done: &mut Completions);
 
-    /// Frames and offered buffers taken and not ended. A worker that stops recalls its buffers and
-    /// waits until it is 0.
+    /// Drops the frames under way that have not left, as their buffers are wanted back: they end now or
+    /// with the ring's next completions, like those that are sent before they have. Of a frame that has
+    /// left in part the rest follows from a copy. Frames that end by themselves may do so.
+    fn drop_frames(&mut self, _: &mut Uring, _: &mut Completions) {}
+
+    /// Frames and offered buffers taken and not ended. A worker that stops recalls its buffers, drops
+    /// its frames and waits until it is 0.
     fn in_flight(&self) -> usize;
 
     /// What this queue has done so far.

@@ -173,6 +173,7 @@ impl Patch<'_> {
                 hang_up();
                 for side in [&mut self.port, &mut self.far] {
                     side.queue.recall(&mut self.uring, &mut side.done);
+                    side.queue.drop_frames(&mut self.uring, &mut side.done);
                 }
             }
             let handed = self.turn(back)?;

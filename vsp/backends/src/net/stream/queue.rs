@@ -39,12 +39,16 @@ const SHORTEST: usize = 60;
 const SEND: u64 = 0;
 const RECEIVE: u64 = 1;
 const CANCEL: u64 = 2;
+const CANCEL_SEND: u64 = 3;
 
-/// What was received: bytes that hold frames one after the other, perhaps the last in part.
+/// What was received: bytes that hold frames one after the other, perhaps the last in part. It is
+/// handed on from queue to queue, and with it what is still to be sent.
 pub(super) struct Inbound {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
+    /// What is still to be sent of a frame that has ended, before any other: less than the longest.
+    rest: Vec<u8>,
 }
 
 impl fmt::Debug for Inbound {
@@ -62,7 +66,8 @@ struct Broken;
 
 impl Inbound {
     pub(super) fn new() -> Self {
-        Self { bytes: vec![0; INBOUND].into_boxed_slice(), start: 0, end: 0 }
+        let bytes = vec![0; INBOUND].into_boxed_slice();
+        Self { bytes, start: 0, end: 0, rest: Vec::new() }
     }
 
     /// Where the next whole frame is, behind its length.
@@ -120,6 +125,11 @@ pub(super) struct StreamQueue {
     /// Frames not wholly sent, in order, and how much of the first of them is.
     queue: VecDeque<u16>,
     sent: usize,
+    /// Frames are to be dropped as soon as the kernel has let go of them; and whether it was asked to.
+    dropping: bool,
+    cancelling: bool,
+    /// Nothing is begun until there is something new to do: the queue may be about to go.
+    idle: bool,
     message: Box<Message>,
     sending: bool,
     up: bool,
@@ -158,6 +168,9 @@ impl StreamQueue {
             free: (0..sends).rev().collect(),
             queue: VecDeque::with_capacity(sends.into()),
             sent: 0,
+            dropping: false,
+            cancelling: false,
+            idle: false,
             message: Box::new(Message { header, pieces: Vec::with_capacity(MAX_PIECES) }),
             sending: false,
             up,
@@ -184,6 +197,34 @@ impl StreamQueue {
             }
             self.sent = 0;
         }
+    }
+
+    /// Drops what waits. Of a frame that the other side has a part of, it gets the rest.
+    fn shed(&mut self, done: &mut Completions) {
+        self.dropping = false;
+        while let Some(index) = self.queue.pop_front() {
+            let sent = mem::take(&mut self.sent);
+            let slot = self.slots.get(usize::from(index)).filter(|_| sent > 0);
+            if let (Some(slot), Some(inbound)) = (slot, &mut self.inbound) {
+                let mut bytes = vec![0; PREFIX + slot.len as usize];
+                // SAFETY: who sent the frame vouches for its buffers, as it has not ended yet.
+                unsafe { Cursor::new(&slot.pieces).read(&mut bytes) };
+                inbound.rest.extend(bytes.iter().skip(sent));
+            }
+            let result = if sent > 0 { Ok(()) } else { Err(Dropped::NoRoom) };
+            self.ended(index, result, done);
+        }
+    }
+
+    /// Asks the kernel to let go of what it is sending.
+    fn cancel_send(&mut self, uring: &mut Uring) {
+        if !self.dropping || !self.sending || self.cancelling {
+            return;
+        }
+        let cancel = opcode::AsyncCancel::new(self.token(SEND)).build();
+        // SAFETY: a cancellation points to nothing. If it cannot be pushed, the next turn tries again.
+        let pushed = unsafe { uring.push(&cancel.user_data(self.token(CANCEL_SEND))) };
+        self.cancelling = pushed.is_ok();
     }
 
     fn ended(&mut self, index: u16, result: Result<(), Dropped>, done: &mut Completions) {
@@ -234,12 +275,16 @@ impl StreamQueue {
 
     /// Sends what waits, as much of it as goes into one message.
     fn transmit(&mut self, uring: &mut Uring) {
-        if self.sending || !self.up || self.queue.is_empty() {
+        let Some(Inbound { rest, .. }) = &mut self.inbound else { return };
+        if self.sending || !self.up || (self.queue.is_empty() && (rest.is_empty() || self.idle)) {
             return;
         }
-        let (token, target) = (self.token(SEND), self.target);
+        let (token, target) = (Token::new(self.tag, SEND).user_data(), self.target);
         let message = &mut *self.message;
         message.pieces.clear();
+        if !rest.is_empty() {
+            message.pieces.push(Buffer::new(rest.as_mut_ptr(), rest.len()));
+        }
         let mut skip = self.sent;
         for index in &self.queue {
             let Some(slot) = self.slots.get(usize::from(*index)) else { break };
@@ -262,14 +307,19 @@ impl StreamQueue {
             .build()
             .flags(target.flags())
             .user_data(token);
-        // SAFETY: who sent the frames vouches for their buffers. The message and the slots are not
-        // touched before the operation has completed, and outlive it even if this queue does not.
+        // SAFETY: who sent the frames vouches for their buffers. The message, the rest and the slots are
+        // not touched before the operation has completed, and outlive it even if this queue does not.
         self.sending = unsafe { uring.push(&entry) }.is_ok();
     }
 
     /// `bytes` of the message have gone.
     fn gone(&mut self, bytes: usize, done: &mut Completions) {
         self.sent += bytes;
+        if let Some(Inbound { rest, .. }) = &mut self.inbound {
+            let old = bytes.min(rest.len());
+            rest.drain(..old);
+            self.sent -= old;
+        }
         while let Some(index) = self.queue.front().copied() {
             let Some(slot) = self.slots.get(usize::from(index)) else { return };
             let whole = PREFIX + slot.len as usize;
@@ -322,6 +372,7 @@ impl Queue for StreamQueue {
     }
 
     unsafe fn offer(&mut self, id: u32, buffers: &[Buffer], _: &mut Uring, done: &mut Completions) {
+        self.idle = false;
         self.offers.push(id, buffers, done);
     }
 
@@ -331,6 +382,7 @@ impl Queue for StreamQueue {
         }
         self.receive(uring);
         self.transmit(uring);
+        self.cancel_send(uring);
     }
 
     fn complete(&mut self, cqe: &Cqe, uring: &mut Uring, done: &mut Completions) {
@@ -357,14 +409,26 @@ impl Queue for StreamQueue {
                 match usize::try_from(cqe.result) {
                     Ok(bytes) => self.gone(bytes, done),
                     Err(_) => match cqe.result.wrapping_neg() {
-                        libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM => {}
+                        libc::ECANCELED
+                        | libc::EINTR
+                        | libc::EAGAIN
+                        | libc::ENOBUFS
+                        | libc::ENOMEM => {}
                         errno => self.lost(&io::Error::from_raw_os_error(errno), done),
                     },
                 }
                 if !self.up {
                     self.lost(&"its other side is gone", done);
                 }
+                if self.dropping {
+                    self.shed(done);
+                }
                 self.transmit(uring);
+            }
+            CANCEL_SEND => {
+                // It may have come at a moment when there was nothing to stop.
+                self.cancelling = false;
+                self.cancel_send(uring);
             }
             _ => {}
         }
@@ -381,6 +445,7 @@ impl Queue for StreamQueue {
 
     fn recall(&mut self, uring: &mut Uring, done: &mut Completions) {
         self.offers.recall(done);
+        self.idle = true;
         if self.receiving {
             let cancel = opcode::AsyncCancel::new(self.token(RECEIVE)).build();
             // SAFETY: a cancellation points to nothing. If it cannot be pushed, the operation ends
@@ -389,8 +454,18 @@ impl Queue for StreamQueue {
         }
     }
 
+    fn drop_frames(&mut self, uring: &mut Uring, done: &mut Completions) {
+        if !self.sending {
+            return self.shed(done);
+        }
+        self.dropping = true;
+        self.cancel_send(uring);
+    }
+
     fn in_flight(&self) -> usize {
-        self.queue.len() + self.offers.len() + usize::from(self.receiving)
+        // What is left of a dropped frame may be the only thing that the kernel looks at.
+        let sending = self.queue.len().max(self.sending.into());
+        sending + self.offers.len() + usize::from(self.receiving)
     }
 
     fn counters(&self) -> Counters {
