@@ -245,7 +245,7 @@ impl Receive {
             self.tally.unwanted += 1;
             return Err(buffer);
         }
-        let limit = settings.longest(tag.is_some());
+        let limit = settings.longest();
         // Whether segments are too long is known when they are cut.
         if arrived.offload.segments.is_none() && arrived.len > limit {
             self.tally.too_long += 1;

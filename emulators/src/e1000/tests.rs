@@ -70,8 +70,12 @@ fn address(number: u8) -> MacAddr {
 
 impl Driver {
     fn new(number: u8, network: Arc<dyn Network>) -> Self {
+        Self::with_mtu(number, network, 9000)
+    }
+
+    fn with_mtu(number: u8, network: Arc<dyn Network>, mtu: u16) -> Self {
         let memory = GuestMemory::new(2 << 20).unwrap();
-        let config = E1000Config { address: address(number), mtu: 9000, network };
+        let config = E1000Config { address: address(number), mtu, network };
         let line = Arc::new(Line::default());
         let decode = Arc::new(Decode::fixed(COMMAND_BUS_MASTER));
         let nic = E1000::new(number, &config, &memory, decode.clone(), line.clone()).unwrap();
@@ -793,4 +797,36 @@ fn what_a_nic_sends_to_itself_does_not_wait_for_descriptors() {
     a.queue(&frame(2, 1, 64), 2000, 0, 0, 0);
     a.send();
     assert_eq!(b.receive().0, frame(2, 1, 64));
+}
+
+/// A packet of full size in a VLAN in a VLAN, of whichever kind, both at the usual MTU.
+#[test]
+fn two_tags_fit_in_front_of_a_packet_of_full_size() {
+    let switch = Switch::new(SwitchOptions::new("lan"));
+    let [mut a, mut b] = [1, 2].map(|number| {
+        Driver::with_mtu(number, Arc::new(switch.port(PortOptions::default()).unwrap()), 1500)
+    });
+    let mut tagged = frame(2, 1, 1514);
+    tagged.splice(12..12, [0x81, 0, 0, 8]);
+    for outer in [[0x81, 0, 0, 7], [0x88, 0xa8, 0, 7]] {
+        let mut sent = tagged.clone();
+        sent.splice(12..12, outer);
+        a.queue(&sent, 2000, 0, 0, 0);
+        a.send();
+        assert_eq!(b.receive().0, sent);
+    }
+    // The NIC puts the outer one in, and takes it off.
+    for nic in [&a, &b] {
+        nic.write(reg::CTRL, ctrl::SET_LINK_UP | ctrl::VME);
+    }
+    a.queue(&tagged, 2000, txd::VLE, 0, 7);
+    a.send();
+    let (came, written) = b.receive();
+    assert_eq!((came, written.special), (tagged.clone(), 7));
+    // A byte more is too long, with the tag that is put in or without.
+    tagged.push(0);
+    a.queue(&tagged, 2000, txd::VLE, 0, 7);
+    a.queue(&[&tagged[..12], &[0x81, 0, 0, 7], &tagged[12..]].concat(), 2000, 0, 0, 0);
+    a.send();
+    a.wait(|a| a.counter("malformed") == 2);
 }

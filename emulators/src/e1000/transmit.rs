@@ -19,7 +19,7 @@ mod packets;
 use backends::net::segments::Segmenter;
 use backends::net::{
     Buffer, Completions, Dropped, ETHERNET_HEADER, Frame, MAX_BUFFERS, MAX_FRAME, MacAddr, Offload,
-    Offloads, Queue,
+    Offloads, Queue, longest_frame,
 };
 use backends::uring::Uring;
 use hypervisor::{Gpa, GuestMemory};
@@ -254,7 +254,8 @@ impl Transmit {
         let tag = self.gathered.tag.filter(|_| limits.tags);
         let tag = tag.map(|tci| VlanTag { kind: limits.tag_type, tci });
         let work = self.gathered.work()?;
-        if work.cut.is_none() && len > ETHERNET_HEADER + TAG + usize::from(limits.mtu) {
+        let tag_len = if tag.is_some() { TAG } else { 0 };
+        if work.cut.is_none() && len + tag_len > longest_frame(limits.mtu) {
             return Err(Malformed);
         }
         let Some(&slot) = self.free.last() else { return Ok(None) };

@@ -60,9 +60,17 @@ pub use offload::{Offload, Offloads};
 /// Addresses and type: what every frame begins with, in bytes.
 pub const ETHERNET_HEADER: usize = 14;
 
+/// The VLAN tags that a packet of full size may have in front of it, in bytes: two (IEEE 802.1Q).
+pub const TAGS: usize = 8;
+
 /// The longest frame, in bytes: an IP packet of the greatest length behind an Ethernet header with
-/// a VLAN tag. Only frames yet to be divided into segments are longer than the MTU.
-pub const MAX_FRAME: usize = ETHERNET_HEADER + 4 + 65535;
+/// VLAN tags. Only frames yet to be divided into segments are longer than the MTU.
+pub const MAX_FRAME: usize = ETHERNET_HEADER + TAGS + 65535;
+
+/// The longest frame that is not to be divided, where packets have up to `mtu` bytes.
+pub const fn longest_frame(mtu: u16) -> usize {
+    ETHERNET_HEADER + TAGS + mtu as usize
+}
 
 /// The most buffers a frame or an offer may consist of.
 pub const MAX_BUFFERS: usize = 64;

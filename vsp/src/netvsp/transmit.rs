@@ -31,7 +31,7 @@ const ADDRESSES: usize = 12;
 /// What a NIC takes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// The longest frame that is not to be cut, without a tag beside it.
+    /// The longest frame that is not to be cut, with its tags.
     pub max_frame: u32,
     /// What may be left to do.
     pub takes: Offloads,
@@ -204,7 +204,7 @@ fn place(
         frame.clone().read(headers).ok_or(Malformed::Short)?;
         (offload, copied) = prepare_large(headers, len, large, limits).ok_or(Malformed::Offload)?;
     } else {
-        if len > limits.max_frame {
+        if len + tag > limits.max_frame {
             return Err(Malformed::Length);
         }
         if let Some(checksum) = info.checksum {

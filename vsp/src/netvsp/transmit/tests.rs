@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 
 use super::*;
 
-const LIMITS: Limits = Limits { max_frame: 1518, takes: Offloads::ALL };
+const LIMITS: Limits = Limits { max_frame: 1522, takes: Offloads::ALL };
 
 /// Where tests put a packet.
 const AT: u64 = 0x1000;
@@ -129,6 +129,18 @@ fn checksums_are_left_where_they_are_asked_for() {
     assert_eq!(ask(1), Ok(Checksum::Unknown));
     assert_eq!(ask(1 | 4 | 84 << 16), Err(Malformed::Offload));
     assert_eq!(ask(1 | 4), Err(Malformed::Offload));
+}
+
+/// A packet of full size in a VLAN in a VLAN, whether a tag is in the frame or beside it.
+#[test]
+fn two_tags_fit_in_front_of_a_packet_of_full_size() {
+    let tag = |number: u32| info(PacketInfoKind::Vlan, number << 4);
+    let refused = (Vec::new(), Err(Malformed::Length));
+    for (infos, in_frame) in [(vec![], 8), (vec![tag(7)], 4)] {
+        let (got, end) = frames(&message(&infos, &frame(1514 + in_frame, 1)), &[]);
+        assert_eq!((end, got[0].0.len), (Ok(()), 1522));
+        assert_eq!(frames(&message(&infos, &frame(1515 + in_frame, 1)), &[]), refused);
+    }
 }
 
 /// A TCP segment over IPv4 as Linux prepares it for large send.
@@ -256,7 +268,7 @@ fn wild_messages_end_the_packet() {
         assert_eq!(ends(&put(52, offset)), Malformed::Info, "{offset}");
     }
     assert_eq!(ends(&|bytes| bytes.truncate(20)), Malformed::Short);
-    let long = message(&[], &frame(1519, 0));
+    let long = message(&[], &frame(1523, 0));
     assert_eq!(frames(&long, &[]).1, Err(Malformed::Length));
     let pieces = [1; 140];
     assert_eq!(frames(&message(&[], &frame(100, 0)), &pieces).1, Err(Malformed::Pieces));
