@@ -43,6 +43,7 @@ use crate::uring::{Cqe, Tag, Uring};
 pub mod capture;
 pub mod checksum;
 pub mod fuzzing;
+pub mod headers;
 pub mod large;
 pub mod loopback;
 pub mod offload;
