@@ -200,9 +200,9 @@ mod tests {
             assert_eq!(Headers::find(&whole[..len]), None, "{len}");
         }
         assert!(Headers::find(&whole[..end]).is_some());
-        let six = six(0, UDP);
+        let mut fragment = six(0, UDP);
         for len in 0..14 + 96 + 8 {
-            assert_eq!(Headers::find(&six[..len]), None, "{len}");
+            assert_eq!(Headers::find(&fragment[..len]), None, "{len}");
         }
         // Another protocol, a fragment of either kind, a third tag, headers of no length.
         let changed = |at: usize, value: u8| {
@@ -215,7 +215,6 @@ mod tests {
             (None, None, None)
         );
         assert_eq!((changed(18, 0x44), changed(18, 0x66)), (None, None));
-        let mut fragment = super::tests::six(0, UDP);
         fragment[14 + 6] = 44;
         assert_eq!(Headers::find(&fragment), None);
         let mut third = four(2, 0, TCP);
