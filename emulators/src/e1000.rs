@@ -5,12 +5,13 @@
 //! - [`descriptors`]: what lies in the guest's rings.
 //! - [`transmit`], [`receive`]: frames out of the rings and into them; [`filter`] says which ones the
 //!   guest wants, [`checksum`] whether they are whole.
-//! - [`worker`]: the thread that moves them.
+//! - [`worker`]: the thread that moves them; [`inside`] is its network when the NIC is its own peer.
 //! - [`bits`]: the numbers.
 //!
 //! A processor's access locks the registers, moves them, and rings the worker's doorbell if there is
 //! something to do and the worker is asleep. It waits for the worker only where a driver may take
-//! its rings away afterwards: when it switches sending or receiving off, or resets the NIC.
+//! its rings and its frames away afterwards: when it switches sending or receiving off, resets the NIC,
+//! or takes its right to access memory from it. Frames that wait for the network are dropped then.
 //!
 //! The interrupt line follows causes and mask as the guest's moderation lets it rise. Each interrupt
 //! costs a guest some four exits to ask for its cause and to mask it, so the moderation is served
@@ -22,6 +23,7 @@ mod descriptors;
 mod eeprom;
 mod filter;
 mod fuzz;
+mod inside;
 mod interrupts;
 mod phy;
 mod receive;
@@ -32,7 +34,7 @@ mod worker;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -63,8 +65,8 @@ pub struct E1000Config {
 /// What the processors and the worker share.
 struct Shared {
     registers: Mutex<Registers>,
-    /// Held by the worker while it looks at the guest's rings. Whoever waits for it holds no lock.
-    rings: Mutex<()>,
+    /// The worker has left the guest's memory alone, as it was asked to; goes with `registers`.
+    quiet: Condvar,
     doorbell: Arc<EventFd>,
     line: Arc<dyn InterruptLine>,
     /// What the line is; moves under the lock of the registers.
@@ -88,7 +90,7 @@ impl Shared {
         let registers = Registers::new(config.address, config.network.link().up);
         Ok(Self {
             registers: Mutex::new(registers),
-            rings: Mutex::new(()),
+            quiet: Condvar::new(),
             doorbell: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
             line,
             high: AtomicBool::new(false),
@@ -133,18 +135,29 @@ impl Shared {
         let mut registers = lock(&self.registers);
         let effect = registers.write(offset, value, now);
         self.finish(registers, effect, now);
-        if effect.wait {
-            drop(lock(&self.rings));
-        }
+    }
+
+    /// Whether the NIC may access memory has changed.
+    fn set_master(&self, master: bool) {
+        let now = self.now();
+        let mut registers = lock(&self.registers);
+        let effect = registers.set_master(master);
+        self.finish(registers, effect, now);
     }
 
     /// Passes on what has come of an access.
     fn finish(&self, mut registers: MutexGuard<'_, Registers>, effect: Effect, now: u64) {
         self.show(&mut registers, now);
         let wake = effect.wake | registers.oversleeps();
+        let halts = registers.halts();
         drop(registers);
         if wake {
             self.ring();
+        }
+        if effect.wait {
+            let registers = lock(&self.registers);
+            let waited = self.quiet.wait_while(registers, |registers| !registers.is_quiet(halts));
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
     }
 }
@@ -166,6 +179,10 @@ impl E1000 {
         line: Arc<dyn InterruptLine>,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::new(config, decode, line)?);
+        let nic = Arc::downgrade(&shared);
+        shared.decode.on_bus_master(move |master| {
+            nic.upgrade().into_iter().for_each(|nic| nic.set_master(master));
+        });
         let (theirs, memory) = (Arc::clone(&shared), memory.clone());
         let (network, mtu) = (Arc::clone(&config.network), config.mtu);
         let (ready, started) = mpsc::sync_channel(1);

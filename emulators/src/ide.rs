@@ -27,7 +27,7 @@ mod worker;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 use backends::block::Disk;
@@ -252,6 +252,12 @@ impl Ide {
     /// The bus-master registers of both channels, 16 ports; `decode` is the function's, which says
     /// whether they may access memory.
     pub fn bus_master(&self, decode: Arc<Decode>) -> Arc<dyn Device> {
+        let ports = self.ports.each_ref().map(Arc::downgrade);
+        decode.on_bus_master(move |master| {
+            for port in ports.iter().filter_map(Weak::upgrade) {
+                port.access(|channel| channel.allow_master(master));
+            }
+        });
         Arc::new(BusMasterBlock { ports: self.ports.clone(), decode })
     }
 
@@ -367,10 +373,11 @@ impl Device for BusMasterBlock {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let may_start = self.decode.is_bus_master();
         for (offset, byte) in (offset..).zip(data) {
             let register = offset as u8 & 7;
-            self.port(offset).access(|channel| channel.write_master(register, *byte, may_start));
+            self.port(offset).access(|channel| {
+                channel.write_master(register, *byte, self.decode.is_bus_master());
+            });
         }
     }
 }

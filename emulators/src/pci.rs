@@ -14,8 +14,9 @@ pub mod chipset;
 mod line;
 pub mod nic;
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use hypervisor::{Device, layout};
 
@@ -55,17 +56,28 @@ const fn bar(n: usize) -> usize {
 
 /// Where a function's range is at the moment and what it may do. Written with the configuration
 /// space, read at each access, from any thread.
-#[derive(Debug)]
 pub struct Decode {
     /// The base, and the command register below it.
     value: AtomicU64,
     /// The bit of the command register that has the function answer.
     enable: u16,
+    /// Is told when the function may access memory, and when it may no longer.
+    on_bus_master: OnceLock<Box<dyn Fn(bool) + Send + Sync>>,
+}
+
+impl fmt::Debug for Decode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (base, command) = (self.base(), self.command());
+        f.debug_struct("Decode")
+            .field("base", &base)
+            .field("command", &command)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Decode {
     fn new(enable: u16) -> Self {
-        Self { value: AtomicU64::new(0), enable }
+        Self { value: AtomicU64::new(0), enable, on_bus_master: OnceLock::new() }
     }
 
     /// That of a function that is nowhere and may do what `command` says.
@@ -76,7 +88,25 @@ impl Decode {
     }
 
     fn set(&self, base: u32, command: u16) {
-        self.value.store(u64::from(base) << 16 | u64::from(command), Ordering::Release);
+        let value = u64::from(base) << 16 | u64::from(command);
+        let before = self.value.swap(value, Ordering::AcqRel) as u16;
+        if (before ^ command) & COMMAND_BUS_MASTER != 0
+            && let Some(told) = self.on_bus_master.get()
+        {
+            told(command & COMMAND_BUS_MASTER != 0);
+        }
+    }
+
+    /// Sets whom to tell when the function may access memory, and when it may no longer: in the thread
+    /// that has changed that, before its access ends. There is one for each follower.
+    pub(crate) fn on_bus_master(&self, told: impl Fn(bool) + Send + Sync + 'static) {
+        let _ = self.on_bus_master.set(Box::new(told));
+    }
+
+    /// As a write to the command register does.
+    #[cfg(test)]
+    pub(crate) fn set_command(&self, command: u16) {
+        self.set(0, command);
     }
 
     fn command(&self) -> u16 {

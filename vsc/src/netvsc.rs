@@ -226,7 +226,7 @@ impl<M: RingMemory, D: Doorbell, B: SharedBuffer, const DEPTH: usize> Queue<M, D
         let setup = Setup { capabilities, ..setup };
         let shared = handshake::shake(&mut channel, &setup, &mut wait)?;
         let limits = Limits {
-            frame: usize::from(setup.mtu) + ETHERNET_HEADER + VLAN_TAG,
+            frame: usize::from(setup.mtu) + ETHERNET_HEADER + 2 * VLAN_TAG,
             frames: 1,
             bytes: shared.section_size as usize,
             alignment: 1,

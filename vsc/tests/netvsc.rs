@@ -62,7 +62,7 @@ fn what_is_agreed_on() {
 #[test]
 fn what_is_sent_comes_back() {
     let (mut rig, _) = looped();
-    for (seed, len) in (0..).zip([14, 15, 60, 61, 64, 1500, 1514, 1518]) {
+    for (seed, len) in (0..).zip([14, 15, 60, 61, 64, 1500, 1514, 1518, 1522]) {
         for to in [ME, ALL] {
             let sent = frame(to, YOU, len, seed);
             rig.queues[0].send(&sent, &PLAIN).unwrap();
@@ -175,7 +175,7 @@ fn frames_that_cannot_be_are_not_sent() {
     let (mut rig, _) = looped();
     let queue = &mut rig.queues[0];
     assert_eq!(queue.send(&[0; 13], &PLAIN), Err(SendError::Short));
-    assert_eq!(queue.send(&[0; 1519], &PLAIN), Err(SendError::TooLong { len: 1519, max: 1518 }));
+    assert_eq!(queue.send(&[0; 1523], &PLAIN), Err(SendError::TooLong { len: 1523, max: 1522 }));
     queue.publish();
     assert_eq!(queue.in_flight(), 0);
     // What the host alone can tell costs the packet.

@@ -25,6 +25,7 @@ mod mii {
 }
 
 const CONTROL_RESET: u16 = 1 << 15;
+const CONTROL_LOOPBACK: u16 = 1 << 14;
 const CONTROL_RESTART: u16 = 1 << 9;
 const STATUS_AGREED: u16 = 1 << 5;
 const STATUS_LINK: u16 = 1 << 2;
@@ -69,6 +70,11 @@ impl Phy {
         for (register, value) in DEFAULTS {
             self.registers[usize::from(register & 31)] = value;
         }
+    }
+
+    /// Whether it gives back what it is to send, and hears nothing else.
+    pub(super) fn loops(&self) -> bool {
+        self.registers[usize::from(mii::CONTROL)] & CONTROL_LOOPBACK != 0
     }
 
     fn read(&self, register: u8, link: bool) -> u16 {
@@ -167,6 +173,13 @@ mod tests {
         assert_eq!(read(&mut phy, 0, true), 0x1140);
         assert!(write(&mut phy, 0, 0x8000).agreed);
         assert_eq!((read(&mut phy, 0, true), read(&mut phy, 4, true)), (0x1140, 0x0de1));
+        // What it sends comes back until it is told otherwise, or is reset.
+        for off in [0x0140, 0x8140] {
+            write(&mut phy, 0, 0x4140);
+            assert!(phy.loops());
+            write(&mut phy, 0, off);
+            assert!(!phy.loops());
+        }
         // An identity stays.
         assert!(!write(&mut phy, 2, 0).agreed);
         assert_eq!(read(&mut phy, 2, true), 0x0141);

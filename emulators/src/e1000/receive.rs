@@ -28,6 +28,8 @@ use super::transmit::Way;
 
 /// Buffers that lie with the network.
 pub(super) const BUFFERS: u16 = 64;
+/// Buffers for what the NIC sends to itself, which are made when it first does.
+pub(super) const INSIDE_BUFFERS: u16 = 32;
 /// Frames that are handed on in one turn, segments each.
 const FRAMES: u32 = 256;
 /// The shortest frame that a guest is to see, without check sequence.
@@ -78,11 +80,34 @@ struct Current {
     to: MacAddr,
 }
 
+/// Whether a buffer is one of the inside's.
+fn is_inside(buffer: u32) -> bool {
+    buffer >= u32::from(BUFFERS)
+}
+
+/// A buffer is free again.
+fn release(buffer: u32, free: &mut Vec<u32>, free_inside: &mut Vec<u32>) {
+    if is_inside(buffer) { free_inside.push(buffer) } else { free.push(buffer) }
+}
+
+/// Lends out free buffers.
+fn offer(buffers: &mut [Box<[u8]>], free: &mut Vec<u32>, way: &mut Way<'_>) {
+    for id in free.drain(..) {
+        let Some(buffer) = buffers.get_mut(id as usize) else { continue };
+        // SAFETY: see the module's documentation; nobody looks at the buffer before it is back.
+        unsafe { way.queue.offer(id, &[(&mut **buffer).into()], way.uring, way.done) };
+    }
+}
+
 /// See the module's documentation.
 pub(super) struct Receive {
-    buffers: Box<[Box<[u8]>]>,
-    /// Those that do not lie with the network and hold no frame.
+    /// The network's, and then those of the inside.
+    buffers: Vec<Box<[u8]>>,
+    /// Those that are with neither and hold no frame.
     free: Vec<u32>,
+    free_inside: Vec<u32>,
+    /// Frames come from the inside, and from nowhere else.
+    inside: bool,
     arrived: VecDeque<Arrived>,
     current: Option<Current>,
     epoch: u32,
@@ -95,6 +120,8 @@ impl Receive {
         Self {
             buffers: (0..BUFFERS).map(|_| vec![0; MAX_FRAME].into()).collect(),
             free: (0..BUFFERS.into()).collect(),
+            free_inside: Vec::new(),
+            inside: false,
             arrived: VecDeque::with_capacity(BUFFERS.into()),
             current: None,
             epoch: 0,
@@ -105,20 +132,40 @@ impl Receive {
 
     /// Lends the network what is free.
     pub(super) fn offer(&mut self, way: &mut Way<'_>) {
-        for id in self.free.drain(..) {
-            let Some(buffer) = self.buffers.get_mut(id as usize) else { continue };
-            // SAFETY: see the module's documentation; nobody looks at the buffer before it is back.
-            unsafe { way.queue.offer(id, &[(&mut **buffer).into()], way.uring, way.done) };
+        offer(&mut self.buffers, &mut self.free, way);
+    }
+
+    /// Lends the inside what is free.
+    pub(super) fn offer_inside(&mut self, way: &mut Way<'_>) {
+        offer(&mut self.buffers, &mut self.free_inside, way);
+    }
+
+    /// From now on frames come from the inside, or from the network again. What has come from the other
+    /// is thrown away.
+    pub(super) fn listen(&mut self, inside: bool) {
+        if self.inside == inside {
+            return;
+        }
+        self.discard();
+        self.inside = inside;
+        let first = u32::from(BUFFERS);
+        if inside && self.buffers.len() == usize::from(BUFFERS) {
+            self.buffers.extend((0..INSIDE_BUFFERS).map(|_| vec![0; MAX_FRAME].into()));
+            self.free_inside.extend(first..first + u32::from(INSIDE_BUFFERS));
         }
     }
 
-    /// A buffer has come back empty.
+    /// A buffer has come back empty, or what was in it is done with.
     pub(super) fn returned(&mut self, id: u32) {
-        self.free.push(id);
+        release(id, &mut self.free, &mut self.free_inside);
     }
 
     /// A frame has come.
     pub(super) fn arrived(&mut self, buffer: u32, len: u32, offload: Offload) {
+        if self.inside != is_inside(buffer) {
+            self.tally.unwanted += 1;
+            return self.returned(buffer);
+        }
         self.arrived.push_back(Arrived { buffer, len: len as usize, offload });
     }
 
@@ -126,7 +173,7 @@ impl Receive {
     pub(super) fn discard(&mut self) {
         let current = self.current.take().map(|current| current.arrived);
         for arrived in current.into_iter().chain(self.arrived.drain(..)) {
-            self.free.push(arrived.buffer);
+            release(arrived.buffer, &mut self.free, &mut self.free_inside);
             self.tally.unwanted += 1;
         }
     }
@@ -156,7 +203,7 @@ impl Receive {
                 match self.look(arrived, settings) {
                     Ok(current) => self.current = Some(current),
                     Err(buffer) => {
-                        self.free.push(buffer);
+                        self.returned(buffer);
                         continue;
                     }
                 }
@@ -198,7 +245,7 @@ impl Receive {
             self.tally.unwanted += 1;
             return Err(buffer);
         }
-        let limit = settings.longest(tag.is_some());
+        let limit = settings.longest();
         // Whether segments are too long is known when they are cut.
         if arrived.offload.segments.is_none() && arrived.len > limit {
             self.tally.too_long += 1;
@@ -220,7 +267,7 @@ impl Receive {
     /// Copies the current frame, or as many of its segments as there is room for, into the guest's
     /// buffers. `None`: there is too little room for the next.
     fn hand_on(&mut self, ring: &Ring, settings: &Settings, memory: &GuestMemory) -> Option<u32> {
-        let Self { buffers, free, current, head, tally, .. } = self;
+        let Self { buffers, free, free_inside, current, head, tally, .. } = self;
         let Some(Current { arrived, segmenter, longest, limit, checksums, to }) = current else {
             return Some(0);
         };
@@ -253,7 +300,7 @@ impl Receive {
             }
             handed += 1;
         }
-        free.push(arrived.buffer);
+        release(arrived.buffer, free, free_inside);
         *current = None;
         Some(handed)
     }

@@ -11,28 +11,28 @@ use super::interrupts::Interrupts;
 use super::phy::Phy;
 use super::statistics::Statistics;
 
-/// Registers that are kept and mean nothing here, with what they are after a reset: flow control,
-/// timing and thresholds of a wire, LEDs, power management.
-const KEPT: [(u32, u32); 19] = [
-    (reg::CTRL_EXT, 0),
-    (reg::FCAL, 0x00c2_8001),
-    (reg::FCAH, 0x0100),
-    (reg::FCT, 0x8808),
-    (reg::FCTTV, 0),
-    (reg::TXCW, 0),
-    (reg::TIPG, 0),
-    (reg::AIT, 0),
-    (reg::LEDCTL, 0x0706_8302),
-    (reg::PBA, 0x0010_0030),
-    (reg::FCRTL, 0),
-    (reg::FCRTH, 0),
-    (reg::RXDCTL, 0x0101_0000),
-    (reg::TXDMAC, 1),
-    (reg::TXDCTL, 0),
-    (reg::TSPMT, 0x0100_0400),
-    (reg::WUC, 0),
-    (reg::WUFC, 0),
-    (reg::MANC, 0),
+/// Registers that are kept and mean nothing here, with what they are after a reset and the bits that
+/// can be written: flow control, timing and thresholds of a wire, LEDs, power management.
+const KEPT: [(u32, u32, u32); 19] = [
+    (reg::CTRL_EXT, 0, u32::MAX),
+    (reg::FCAL, 0x00c2_8001, u32::MAX),
+    (reg::FCAH, 0x0100, 0xffff),
+    (reg::FCT, 0x8808, 0xffff),
+    (reg::FCTTV, 0, 0xffff),
+    (reg::TXCW, 0, 0xc000_ffff),
+    (reg::TIPG, 0, 0x3fff_ffff),
+    (reg::AIT, 0, 0xffff),
+    (reg::LEDCTL, 0x0706_8302, u32::MAX),
+    (reg::PBA, 0x0010_0030, u32::MAX),
+    (reg::FCRTL, 0, 0x8000_fff8),
+    (reg::FCRTH, 0, 0xfff8),
+    (reg::RXDCTL, 0x0101_0000, u32::MAX),
+    (reg::TXDMAC, 1, u32::MAX),
+    (reg::TXDCTL, 0, u32::MAX),
+    (reg::TSPMT, 0x0100_0400, u32::MAX),
+    (reg::WUC, 0, u32::MAX),
+    (reg::WUFC, 0, u32::MAX),
+    (reg::MANC, 0, u32::MAX),
 ];
 
 /// Writable bits of RDBAL and TDBAL, and of RDLEN and TDLEN.
@@ -139,8 +139,8 @@ impl RingRegister {
 pub(super) struct Effect {
     /// The worker has something to do, and may be asleep.
     pub wake: bool,
-    /// The guest may use what was a ring's as it likes from now on: the worker must be seen to be
-    /// done with it.
+    /// The guest may use what was a ring's or a frame's as it likes from now on: the worker must be
+    /// seen to be done with it ([`Registers::is_quiet`]).
     pub wait: bool,
 }
 
@@ -168,6 +168,15 @@ pub(super) struct Registers {
     sleeping: Option<u64>,
     /// Whether frames wait for receive descriptors.
     pub starved: bool,
+    /// How often the worker was asked to leave the guest's memory alone, and up to which time it has.
+    halts: u32,
+    pub halted: u32,
+    /// Frames that wait for the network are to be dropped.
+    pub drop_frames: bool,
+    /// Whether there is a worker to wait for.
+    pub served: bool,
+    /// Frames up to this tail were sent while the NIC was its own peer, and are to stay inside.
+    pub looped: Option<u32>,
 }
 
 impl Registers {
@@ -190,6 +199,11 @@ impl Registers {
             changes: 0,
             sleeping: None,
             starved: false,
+            halts: 0,
+            halted: 0,
+            drop_frames: false,
+            served: false,
+            looped: None,
         };
         registers.reset();
         registers
@@ -199,12 +213,13 @@ impl Registers {
         self.control = ctrl::FULL_DUPLEX | ctrl::SET_LINK_UP | ctrl::SPEED_1000;
         self.interrupts = Interrupts::default();
         self.statistics = Statistics::new();
-        self.kept = KEPT.map(|(_, value)| value);
+        self.kept = KEPT.map(|(_, value, _)| value);
         self.settings = Settings::new(self.address);
         self.settings_epoch = self.settings_epoch.wrapping_add(1);
         self.receive.reset();
         self.transmit.reset();
         self.transmit_control = 0;
+        self.looped = None;
         self.changes = self.changes.wrapping_add(1);
     }
 
@@ -221,6 +236,49 @@ impl Registers {
     /// Whether frames are sent.
     pub(super) fn transmits(&self) -> bool {
         self.transmit_control & tctl::EN != 0
+    }
+
+    /// Whether the NIC is its own peer: what it sends comes back, and the network hears nothing.
+    pub(super) fn loops(&self) -> bool {
+        self.settings.control & rctl::LBM != 0 || self.phy.loops()
+    }
+
+    /// How often the worker was asked to leave the guest's memory alone.
+    pub(super) fn halts(&self) -> u32 {
+        self.halts
+    }
+
+    /// Whether the worker has done so the `halts`th time. Without a worker nobody touches it.
+    pub(super) fn is_quiet(&self, halts: u32) -> bool {
+        !self.served || self.halted.wrapping_sub(halts) as i32 >= 0
+    }
+
+    /// Whether the NIC may access memory has changed. If it may, the worker looks at what it has not
+    /// been able to do; if not, the memory is somebody else's.
+    pub(super) fn set_master(&mut self, master: bool) -> Effect {
+        if master { Effect { wake: self.change(), wait: false } } else { self.halt_all() }
+    }
+
+    /// The worker is to leave the rings as they were alone.
+    fn halt(&mut self) -> Effect {
+        self.halts = self.halts.wrapping_add(1);
+        Effect { wake: self.change(), wait: true }
+    }
+
+    /// And the frames that wait for the network.
+    fn halt_all(&mut self) -> Effect {
+        self.drop_frames = true;
+        self.halt()
+    }
+
+    /// After an access to what makes the NIC its own peer. Frames that were sent while it was are not
+    /// to leave, whenever the worker comes to them.
+    fn follow_loop(&mut self, looped: bool) -> Effect {
+        if !looped || self.loops() {
+            return Effect::default();
+        }
+        self.looped = Some(self.transmit.tail);
+        self.halt()
     }
 
     /// The cable is plugged in or pulled out.
@@ -304,13 +362,15 @@ impl Registers {
             reg::MTA..=reg::MTA_LAST => table(&self.settings.multicast, reg::MTA),
             reg::RA..=reg::RA_LAST => table(&self.settings.addresses, reg::RA),
             reg::VFTA..=reg::VFTA_LAST => table(&self.settings.vlans, reg::VFTA),
-            _ => self.kept_at(offset).map_or(0, |place| *place),
+            _ => self.kept_at(offset).map_or(0, |(place, _)| *place),
         }
     }
 
-    fn kept_at(&mut self, offset: u32) -> Option<&mut u32> {
-        let at = KEPT.iter().position(|(kept, _)| *kept == offset)?;
-        self.kept.get_mut(at)
+    /// One of [`KEPT`], and its bits that can be written.
+    fn kept_at(&mut self, offset: u32) -> Option<(&mut u32, u32)> {
+        let at = KEPT.iter().position(|(kept, ..)| *kept == offset)?;
+        let (_, _, mask) = *KEPT.get(at)?;
+        Some((self.kept.get_mut(at)?, mask))
     }
 
     fn status(&self) -> u32 {
@@ -333,6 +393,7 @@ impl Registers {
             reg::EECD => self.eeprom.write_wires(value),
             reg::EERD => self.eeprom.write_register(value),
             reg::MDIC => {
+                let looped = self.loops();
                 let accessed = self.phy.write_register(value, self.cable);
                 if accessed.interrupt {
                     self.interrupts.add(cause::MDAC);
@@ -340,6 +401,7 @@ impl Registers {
                 if accessed.agreed {
                     self.interrupts.add(cause::LSC);
                 }
+                effect = self.follow_loop(looped);
             }
             reg::ICR => self.interrupts.clear_causes(value),
             reg::ICS => self.interrupts.add(value),
@@ -351,11 +413,12 @@ impl Registers {
             reg::IMC => self.interrupts.forbid(value),
             reg::RDTR | reg::RADV | reg::TIDV | reg::TADV => self.write_delay(offset, value),
             reg::RCTL => {
-                let was = self.receives();
-                self.set(|settings| settings.control = value & !rctl::LBM);
+                let (was, looped) = (self.receives(), self.loops());
+                self.set(|settings| settings.control = value);
+                effect = self.follow_loop(looped);
                 match (was, self.receives()) {
-                    (true, false) => effect.wait = true,
-                    (false, true) => effect.wake = self.change(),
+                    (true, false) => effect = self.halt(),
+                    (false, true) => effect.wake |= self.change(),
                     _ => {}
                 }
             }
@@ -363,7 +426,7 @@ impl Registers {
                 let was = self.transmits();
                 self.transmit_control = value;
                 match (was, self.transmits()) {
-                    (true, false) => effect.wait = true,
+                    (true, false) => effect = self.halt_all(),
                     (false, true) => effect.wake = self.change(),
                     _ => {}
                 }
@@ -374,14 +437,16 @@ impl Registers {
                 self.set(|settings| put(&mut settings.multicast, offset - reg::MTA, value));
             }
             reg::RA..=reg::RA_LAST => {
-                self.set(|settings| put(&mut settings.addresses, offset - reg::RA, value));
+                // Of the upper half there are an address, what it is compared with, and whether it counts.
+                let mask = if (offset - reg::RA) & 4 == 0 { u32::MAX } else { 0x8003_ffff };
+                self.set(|settings| put(&mut settings.addresses, offset - reg::RA, value & mask));
             }
             reg::VFTA..=reg::VFTA_LAST => {
                 self.set(|settings| put(&mut settings.vlans, offset - reg::VFTA, value));
             }
             _ => {
-                if let Some(place) = self.kept_at(offset) {
-                    *place = value;
+                if let Some((place, mask)) = self.kept_at(offset) {
+                    *place = value & mask;
                 }
             }
         }
@@ -396,8 +461,9 @@ impl Registers {
     fn write_control(&mut self, value: u32) -> Effect {
         if value & ctrl::RST != 0 {
             self.reset();
-            return Effect { wake: false, wait: true };
+            return self.halt_all();
         }
+        let looped = self.loops();
         if value & ctrl::PHY_RST != 0 {
             self.phy.reset();
             self.interrupts.add(cause::LSC);
@@ -411,7 +477,7 @@ impl Registers {
         if self.settings.tags != tags {
             self.set(|settings| settings.tags = tags);
         }
-        Effect::default()
+        self.follow_loop(looped)
     }
 
     fn write_delay(&mut self, offset: u32, value: u32) {
@@ -434,16 +500,23 @@ impl Registers {
     fn write_receive_ring(&mut self, offset: u32, value: u32) -> Effect {
         let Some(register) = RingRegister::at(offset) else { return Effect::default() };
         self.receive.write(register, value);
-        let wait = register != RingRegister::Tail && self.receives();
+        if register != RingRegister::Tail && self.receives() {
+            return self.halt();
+        }
         // Whoever waits for descriptors is the only one to care.
-        Effect { wait, wake: self.starved && self.receives() && self.change() }
+        Effect { wait: false, wake: self.starved && self.receives() && self.change() }
     }
 
     fn write_transmit_ring(&mut self, offset: u32, value: u32) -> Effect {
         let Some(register) = RingRegister::at(offset) else { return Effect::default() };
         self.transmit.write(register, value);
-        let wait = register != RingRegister::Tail && self.transmits();
-        Effect { wait, wake: self.transmits() && self.change() }
+        if register != RingRegister::Tail {
+            self.looped = None;
+            if self.transmits() {
+                return self.halt_all();
+            }
+        }
+        Effect { wait: false, wake: self.transmits() && self.change() }
     }
 }
 

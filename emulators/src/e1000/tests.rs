@@ -53,6 +53,7 @@ impl Line {
 struct Driver {
     memory: GuestMemory,
     line: Arc<Line>,
+    decode: Arc<Decode>,
     registers: Arc<dyn Device>,
     ports: Arc<dyn Device>,
     nic: E1000,
@@ -69,15 +70,20 @@ fn address(number: u8) -> MacAddr {
 
 impl Driver {
     fn new(number: u8, network: Arc<dyn Network>) -> Self {
+        Self::with_mtu(number, network, 9000)
+    }
+
+    fn with_mtu(number: u8, network: Arc<dyn Network>, mtu: u16) -> Self {
         let memory = GuestMemory::new(2 << 20).unwrap();
-        let config = E1000Config { address: address(number), mtu: 9000, network };
+        let config = E1000Config { address: address(number), mtu, network };
         let line = Arc::new(Line::default());
         let decode = Arc::new(Decode::fixed(COMMAND_BUS_MASTER));
-        let nic = E1000::new(number, &config, &memory, decode, line.clone()).unwrap();
+        let nic = E1000::new(number, &config, &memory, decode.clone(), line.clone()).unwrap();
         let (registers, ports) = (nic.memory(), nic.ports());
         let mut driver = Self {
             memory,
             line,
+            decode,
             registers,
             ports,
             nic,
@@ -109,6 +115,8 @@ impl Driver {
             self.lend(index);
         }
         self.write(reg::RXCSUM, rxcsum::IPOFL | rxcsum::TUOFL);
+        self.write(reg::TDH, 0);
+        self.write(reg::TDT, 0);
         self.write(reg::RDT, COUNT - 1);
         self.write(reg::RCTL, self.control);
         self.write(reg::TCTL, tctl::EN);
@@ -595,4 +603,230 @@ fn after_a_reset_memory_is_left_alone() {
         a.write(reg::CTRL, ctrl::RST);
         a.begin();
     }
+}
+
+/// What waits for a network that does not take it is not the guest's frame any more once its driver
+/// has reset the NIC, and may use the memory for anything.
+#[test]
+fn after_a_reset_nothing_of_before_is_sent() {
+    let off = |a: &mut Driver| {
+        a.write(reg::RCTL, 0);
+        a.write(reg::TCTL, 0);
+        a.write(reg::CTRL, ctrl::RST);
+    };
+    nothing_leaves_after(&off, &|_| {});
+}
+
+#[test]
+fn after_sending_is_switched_off_nothing_of_before_is_sent() {
+    nothing_leaves_after(&|a| a.write(reg::TCTL, 0), &|_| {});
+}
+
+#[test]
+fn after_the_bus_master_is_switched_off_nothing_of_before_is_sent() {
+    nothing_leaves_after(&|a| a.decode.set_command(0), &|a| {
+        a.write(reg::TCTL, 0);
+        a.decode.set_command(COMMAND_BUS_MASTER);
+    });
+}
+
+/// Has frames wait for a network, and their memory written to after `off`: as soon as that has returned,
+/// nothing has to be under way that could tell.
+fn nothing_leaves_after(off: &dyn Fn(&mut Driver), on: &dyn Fn(&mut Driver)) {
+    let mut a = Driver::new(1, Arc::new(backends::net::loopback::Loopback::new()));
+    a.control |= rctl::UPE;
+    // No receive descriptors: the cable is full after 64 frames.
+    a.write(reg::RDT, 0);
+    a.write(reg::RCTL, a.control);
+    for batch in 0..2 {
+        for _ in 0..40 {
+            a.queue(&frame(2, 1, 100), 2000, 0, 0, 0);
+        }
+        a.write(reg::TDT, a.tail);
+        if batch == 0 {
+            let last = (a.tail + COUNT - 1) % COUNT;
+            a.wait(|a| a.done(TRANSMIT, last));
+        }
+    }
+    // All of the second batch have been taken, and some of it wait.
+    a.wait(|a| a.counter("sent") == 80);
+    assert!(!a.done(TRANSMIT, (a.tail + COUNT - 1) % COUNT));
+    off(&mut a);
+    a.memory.write(Gpa(FRAMES.into()), &[0x5e; 100 * 164]).unwrap();
+    on(&mut a);
+    a.begin();
+    // A last frame, behind all that there is.
+    a.queue(&frame(1, 2, 64), 2000, 0, 0, 0);
+    a.send();
+    loop {
+        let (came, _) = a.receive();
+        assert!(came.iter().any(|byte| *byte != 0x5e), "a frame of what was written afterwards");
+        if came == frame(1, 2, 64) {
+            return;
+        }
+    }
+}
+
+/// A driver may write a tail before its NIC may access memory.
+#[test]
+fn what_was_asked_for_before_the_bus_master_was_switched_on_is_done_then() {
+    let (mut a, mut b, _) = pair();
+    a.decode.set_command(0);
+    b.decode.set_command(0);
+    a.queue(&frame(2, 1, 60), 2000, 0, 0, 0);
+    a.write(reg::TDT, a.tail);
+    b.decode.set_command(COMMAND_BUS_MASTER);
+    a.decode.set_command(COMMAND_BUS_MASTER);
+    assert_eq!(b.receive().0, frame(2, 1, 60));
+}
+
+/// What Linux' driver tries when it is asked for a test of the registers (`ethtool -t`): patterns, and
+/// the bits that are to be there afterwards.
+#[test]
+fn registers_keep_the_bits_that_they_have() {
+    let (a, _b, _) = pair();
+    a.write(reg::RCTL, 0);
+    a.write(reg::TCTL, 0);
+    let status = a.read(reg::STATUS);
+    a.write(reg::STATUS, 0xffff_f833);
+    assert_eq!(a.read(reg::STATUS), status);
+    let all = u32::MAX;
+    let mut tests = vec![
+        (reg::FCAL, all, all),
+        (reg::FCAH, 0xffff, all),
+        (reg::FCT, 0xffff, all),
+        (reg::VET, 0xffff, all),
+        (reg::RDTR, 0xffff, all),
+        (reg::RDBAH, all, all),
+        (reg::RDLEN, 0xf_ff80, 0xf_ffff),
+        (reg::RDH, 0xffff, 0xffff),
+        (reg::RDT, 0xffff, 0xffff),
+        (reg::FCRTH, 0xfff8, 0xfff8),
+        (reg::FCTTV, 0xffff, 0xffff),
+        (reg::TIPG, 0x3fff_ffff, 0x3fff_ffff),
+        (reg::TDBAL + 4, all, all),
+        (reg::TDBAL + 8, 0xf_ff80, 0xf_ffff),
+        (reg::RDBAL, 0xffff_fff0, all),
+        (reg::TXCW, 0xc000_ffff, 0xffff),
+        (reg::TDBAL, 0xffff_fff0, all),
+        (reg::TIDV, 0xffff, 0xffff),
+    ];
+    tests.extend((0..15).map(|pair| (reg::RA + 8 * pair + 4, 0x8003_ffff, all)));
+    tests.extend((reg::MTA..=reg::MTA_LAST).step_by(4).map(|offset| (offset, all, all)));
+    for (offset, mask, written) in tests {
+        for pattern in [0x5a5a_5a5a, 0xa5a5_a5a5, 0, all] {
+            a.write(offset, pattern & written);
+            assert_eq!(a.read(offset), pattern & written & mask, "{offset:#x}");
+        }
+    }
+    for control in [0, 0x001f_b3fa, 0x06df_b3fe] {
+        a.write(reg::RCTL, control);
+        assert_eq!(a.read(reg::RCTL), control);
+    }
+}
+
+/// The PHY's control register (IEEE 802.3, 22.2.4.1): loopback, at 1000 Mbit/s or so.
+fn phy_control(a: &Driver, value: u32) {
+    use super::bits::mdic;
+    a.write(reg::MDIC, 1 << mdic::PHY_SHIFT | mdic::WRITE | value);
+    assert_eq!(a.read(reg::MDIC) & (mdic::READY | mdic::ERROR), mdic::READY);
+}
+
+/// As a driver tests its NIC: what it sends comes back, and nobody else hears of it, nor it of them.
+#[test]
+fn a_nic_that_is_its_own_peer_is_alone() {
+    let inside = [
+        (|a: &Driver| phy_control(a, 0x4140)) as fn(&Driver),
+        |a| a.write(reg::RCTL, a.control | 1 << 6),
+        |a| a.write(reg::RCTL, a.control | 3 << 6),
+    ];
+    for enter in inside {
+        let (mut a, mut b, _) = pair();
+        enter(&a);
+        // With a TCP packet that is to be cut, of which the segments come.
+        let mut test = frame(2, 1, 1024);
+        test[..12].fill(0xff);
+        for _ in 0..20 {
+            for _ in 0..15 {
+                a.queue(&test, 2000, 0, 0, 0);
+            }
+            a.send();
+            for _ in 0..15 {
+                assert_eq!(a.receive().0, test);
+            }
+        }
+        b.queue(&frame(1, 2, 60), 2000, 0, 0, 0);
+        b.queue(&frame(1, 2, 61), 2000, 0, 0, 0);
+        b.send();
+        a.wait(|a| a.counter("unwanted") == 2);
+        // The last ones are not to leave, though the NIC stops being its own peer at once.
+        for _ in 0..15 {
+            a.queue(&test, 2000, 0, 0, 0);
+        }
+        a.write(reg::TDT, a.tail);
+        phy_control(&a, 0x8140);
+        a.write(reg::RCTL, a.control);
+        a.queue(&frame(2, 1, 64), 2000, 0, 0, 0);
+        a.send();
+        assert_eq!(b.receive().0, frame(2, 1, 64));
+        b.queue(&frame(1, 2, 65), 2000, 0, 0, 0);
+        b.send();
+        while a.receive().0 != frame(1, 2, 65) {}
+        assert_eq!(b.counter("received"), 1);
+    }
+}
+
+/// Descriptors for them are not given back, as in the driver's test, which sends many more.
+#[test]
+fn what_a_nic_sends_to_itself_does_not_wait_for_descriptors() {
+    let (mut a, mut b, _) = pair();
+    phy_control(&a, 0x4140);
+    let test = frame(1, 1, 1024);
+    for _ in 0..20 {
+        for _ in 0..40 {
+            a.queue(&test, 2000, 0, 0, 0);
+        }
+        a.send();
+    }
+    for index in 0..COUNT - 1 {
+        assert!(a.done(RECEIVE, index));
+    }
+    a.write(reg::CTRL, ctrl::RST);
+    phy_control(&a, 0x8140);
+    a.begin();
+    a.queue(&frame(2, 1, 64), 2000, 0, 0, 0);
+    a.send();
+    assert_eq!(b.receive().0, frame(2, 1, 64));
+}
+
+/// A packet of full size in a VLAN in a VLAN, of whichever kind, both at the usual MTU.
+#[test]
+fn two_tags_fit_in_front_of_a_packet_of_full_size() {
+    let switch = Switch::new(SwitchOptions::new("lan"));
+    let [mut a, mut b] = [1, 2].map(|number| {
+        Driver::with_mtu(number, Arc::new(switch.port(PortOptions::default()).unwrap()), 1500)
+    });
+    let mut tagged = frame(2, 1, 1514);
+    tagged.splice(12..12, [0x81, 0, 0, 8]);
+    for outer in [[0x81, 0, 0, 7], [0x88, 0xa8, 0, 7]] {
+        let mut sent = tagged.clone();
+        sent.splice(12..12, outer);
+        a.queue(&sent, 2000, 0, 0, 0);
+        a.send();
+        assert_eq!(b.receive().0, sent);
+    }
+    // The NIC puts the outer one in, and takes it off.
+    for nic in [&a, &b] {
+        nic.write(reg::CTRL, ctrl::SET_LINK_UP | ctrl::VME);
+    }
+    a.queue(&tagged, 2000, txd::VLE, 0, 7);
+    a.send();
+    let (came, written) = b.receive();
+    assert_eq!((came, written.special), (tagged.clone(), 7));
+    // A byte more is too long, with the tag that is put in or without.
+    tagged.push(0);
+    a.queue(&tagged, 2000, txd::VLE, 0, 7);
+    a.queue(&[&tagged[..12], &[0x81, 0, 0, 7], &tagged[12..]].concat(), 2000, 0, 0, 0);
+    a.send();
+    a.wait(|a| a.counter("malformed") == 2);
 }

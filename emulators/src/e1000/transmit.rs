@@ -19,7 +19,7 @@ mod packets;
 use backends::net::segments::Segmenter;
 use backends::net::{
     Buffer, Completions, Dropped, ETHERNET_HEADER, Frame, MAX_BUFFERS, MAX_FRAME, MacAddr, Offload,
-    Offloads, Queue,
+    Offloads, Queue, longest_frame,
 };
 use backends::uring::Uring;
 use hypervisor::{Gpa, GuestMemory};
@@ -34,7 +34,7 @@ use packets::{Packet, Packets};
 /// Frames that can be under way to the network.
 pub(super) const FRAMES: u16 = 256;
 /// Descriptors that are read in one turn.
-const DESCRIPTORS: u32 = 1024;
+pub(super) const DESCRIPTORS: u32 = 1024;
 /// Copies of frames that are worked on.
 const BENCHES: usize = 4;
 
@@ -143,10 +143,10 @@ impl Transmit {
         }
     }
 
-    /// Begins anew if the ring is another one.
-    pub(super) fn follow(&mut self, ring: &Ring) {
+    /// Begins anew if the ring is another one. Returns whether it is.
+    pub(super) fn follow(&mut self, ring: &Ring) -> bool {
         if self.epoch == ring.epoch {
-            return;
+            return false;
         }
         self.epoch = ring.epoch;
         self.fetch = ring.head;
@@ -158,12 +158,35 @@ impl Transmit {
         if let Some(Cutting { bench, .. }) = self.cutting.take() {
             self.leave(bench);
         }
+        true
     }
 
-    /// Takes what is in the ring and sends it. Returns how many descriptors that were.
+    /// Frames that are under way.
+    pub(super) fn under_way(&self) -> usize {
+        self.frames.len() - self.free.len()
+    }
+
+    /// Forgets what has been read and not been sent yet, so that it is read again, and what is left of a
+    /// packet that is being cut.
+    pub(super) fn halt(&mut self) {
+        if let Some(Cutting { packet, bench, .. }) = self.cutting.take() {
+            self.leave(bench);
+            if let Some(packet) = self.packets.get_mut(packet) {
+                packet.sealed = true;
+            }
+        }
+        if self.gathered.descriptors > 0 {
+            self.fetch = self.gathered.first;
+            self.gathered.clear();
+        }
+    }
+
+    /// Takes what is in the ring, up to about `most` descriptors, and sends it. Returns how many that
+    /// were.
     pub(super) fn run(
         &mut self,
         ring: &Ring,
+        most: u32,
         limits: &Limits,
         memory: &GuestMemory,
         way: &mut Way<'_>,
@@ -179,7 +202,7 @@ impl Transmit {
                 }
                 continue;
             }
-            if taken >= DESCRIPTORS || ring.available(self.fetch) == 0 {
+            if taken >= most || ring.available(self.fetch) == 0 {
                 return taken;
             }
             let Ok(raw) = memory.read_obj::<Raw>(Gpa(ring.address(self.fetch))) else {
@@ -231,7 +254,8 @@ impl Transmit {
         let tag = self.gathered.tag.filter(|_| limits.tags);
         let tag = tag.map(|tci| VlanTag { kind: limits.tag_type, tci });
         let work = self.gathered.work()?;
-        if work.cut.is_none() && len > ETHERNET_HEADER + TAG + usize::from(limits.mtu) {
+        let tag_len = if tag.is_some() { TAG } else { 0 };
+        if work.cut.is_none() && len + tag_len > longest_frame(limits.mtu) {
             return Err(Malformed);
         }
         let Some(&slot) = self.free.last() else { return Ok(None) };

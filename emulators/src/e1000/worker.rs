@@ -2,10 +2,14 @@
 //! complete alike. It moves frames while the processors move registers.
 //!
 //! Its turn: look at the registers, take frames to send, hand on those that have come, tell the
-//! registers, enter the kernel once for all of it. For as long as it looks at the guest's rings it
-//! holds [`Shared::rings`], so that whoever takes a ring away can wait until it is done with it.
+//! registers, enter the kernel once for all of it. Whoever takes a ring away asks it to leave the guest's
+//! memory alone ([`Registers::halts`]) and waits for the answer: that comes at the end of a turn that knew
+//! of it, and, if frames were to be dropped, when the network has none any more.
+//!
+//! [`Registers::halts`]: super::registers::Registers::halts
 
 use std::io;
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,8 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::bits::cause;
 use super::filter::Settings;
+use super::inside::{Ends, Inside};
 use super::receive::{self, Receive};
-use super::transmit::{self, Limits, Transmit, Way};
+use super::registers::Ring;
+use super::transmit::{self, DESCRIPTORS, Limits, Transmit, Way};
 use super::{Shared, lock};
 
 const DOORBELL: Token = Token::new(Tag::WORKER, 0);
@@ -31,6 +37,7 @@ const ENTRIES: u32 = 512;
 pub(super) struct Worker {
     uring: Uring,
     queue: Box<dyn Queue>,
+    inside: Option<Inside>,
     transmit: Transmit,
     receive: Receive,
     memory: GuestMemory,
@@ -42,6 +49,10 @@ pub(super) struct Worker {
     settings_epoch: u32,
     /// What the registers have been seen to change.
     changes: u32,
+    /// Frames are sent no more until the network has none any more.
+    dropping: bool,
+    /// Frames up to this tail go inside.
+    looped: Option<u32>,
     /// How many of the io_uring's system calls are counted.
     enters: u64,
 }
@@ -69,6 +80,7 @@ impl Worker {
         Ok(Self {
             uring,
             queue,
+            inside: None,
             transmit: Transmit::new(),
             receive: Receive::new(),
             memory,
@@ -80,12 +92,15 @@ impl Worker {
             // Not that of the registers, so that the first turn takes them.
             settings_epoch: u32::MAX,
             changes: 0,
+            dropping: false,
+            looped: None,
             enters: 0,
         })
     }
 
     /// Serves the NIC until it is to stop and the network has given all buffers back.
     pub(super) fn run(&mut self) -> io::Result<()> {
+        let _serving = Serving::begin(&self.shared);
         let mut recalled = false;
         loop {
             let stopping = self.shared.stop.load(Ordering::Acquire);
@@ -95,6 +110,7 @@ impl Worker {
             } else if !recalled {
                 recalled = true;
                 self.queue.recall(&mut self.uring, &mut self.done);
+                self.queue.drop_frames(&mut self.uring, &mut self.done);
             }
             progress += self.exchange()?;
             if stopping && self.queue.in_flight() == 0 {
@@ -124,8 +140,7 @@ impl Worker {
     /// Moves frames between the guest's rings and the network. Returns how much was done.
     fn turn(&mut self) -> u32 {
         let shared = Arc::clone(&self.shared);
-        let _rings = lock(&shared.rings);
-        let registers = lock(&shared.registers);
+        let mut registers = lock(&shared.registers);
         self.changes = registers.changes;
         if self.settings_epoch != registers.settings_epoch {
             self.settings_epoch = registers.settings_epoch;
@@ -136,20 +151,45 @@ impl Worker {
         let master = shared.decode.is_bus_master();
         let (sends, receives) = (registers.transmits() && master, registers.receives() && master);
         let (out, into) = (registers.transmit, registers.receive);
+        let (halts, drops) = (registers.halts(), mem::take(&mut registers.drop_frames));
+        let loops = registers.loops();
+        let looped = registers.looped.take();
         drop(registers);
 
         let mut progress = 0;
-        self.transmit.follow(&out);
-        let mut head = self.transmit.write_back(&out, &self.memory);
-        if sends {
-            let mut way =
-                Way { queue: &mut *self.queue, uring: &mut self.uring, done: &mut self.done };
-            progress += self.transmit.run(&out, &self.limits, &self.memory, &mut way);
-            // What has left at once, as on a switch.
-            progress += settle(&mut self.done, &mut self.transmit, &mut self.receive, &shared);
-            head = self.transmit.write_back(&out, &self.memory).or(head);
+        if self.transmit.follow(&out) {
+            self.looped = None;
         }
+        self.looped = looped.or(self.looped);
+        if drops {
+            self.transmit.halt();
+            self.dropping = true;
+            self.queue.drop_frames(&mut self.uring, &mut self.done);
+            progress += settle(&mut self.done, &mut self.transmit, &mut self.receive, &shared);
+        }
+        self.dropping &= self.transmit.under_way() > 0;
+        let mut head = self.transmit.write_back(&out, &self.memory);
         self.receive.follow(&into);
+        if sends && !self.dropping {
+            if let Some(tail) = self.looped {
+                let taken =
+                    self.loop_back(&Ring { tail, ..out }, receives.then_some(&into), &mut head);
+                // There may be more than goes into one turn.
+                self.looped = self.looped.filter(|_| taken > 0);
+                progress += taken.max(1);
+            } else if loops {
+                progress += self.loop_back(&out, receives.then_some(&into), &mut head);
+            } else {
+                let mut way =
+                    Way { queue: &mut *self.queue, uring: &mut self.uring, done: &mut self.done };
+                let (limits, memory) = (&self.limits, &self.memory);
+                progress += self.transmit.run(&out, DESCRIPTORS, limits, memory, &mut way);
+                // What has left at once, as on a switch.
+                progress += settle(&mut self.done, &mut self.transmit, &mut self.receive, &shared);
+                head = self.transmit.write_back(&out, &self.memory).or(head);
+            }
+        }
+        self.receive.listen(loops);
         if receives {
             progress += self.receive.run(&into, &self.settings, &self.memory);
         } else {
@@ -158,12 +198,35 @@ impl Worker {
         let mut way = Way { queue: &mut *self.queue, uring: &mut self.uring, done: &mut self.done };
         self.receive.offer(&mut way);
 
-        self.tell(out.epoch, head, into.epoch, into.tail);
+        self.tell(out.epoch, head, into.epoch, into.tail, halts);
         progress
     }
 
-    /// Tells the registers what has been done.
-    fn tell(&mut self, sent_epoch: u32, sent_head: Option<u32>, into_epoch: u32, into_tail: u32) {
+    /// Sends what is in the ring to the NIC itself. Returns how much was done.
+    fn loop_back(&mut self, out: &Ring, into: Option<&Ring>, head: &mut Option<u32>) -> u32 {
+        let Self { uring, inside, transmit, receive, memory, limits, settings, .. } = self;
+        if inside.is_none() {
+            // It needs nothing that could be missing.
+            *inside = Inside::new(uring).ok();
+        }
+        let Some(inside) = inside else { return 0 };
+        receive.listen(true);
+        let mut ends = Ends { transmit, out, limits, receive, into, settings, memory };
+        let (taken, moved) = inside.run(&mut ends, uring);
+        *head = moved.or(*head);
+        taken
+    }
+
+    /// Tells the registers what has been done, and those who wait that the guest's memory has been left
+    /// alone as it was asked for the `halts`th time.
+    fn tell(
+        &mut self,
+        sent_epoch: u32,
+        sent_head: Option<u32>,
+        into_epoch: u32,
+        into_tail: u32,
+        halts: u32,
+    ) {
         let received_head = self.receive.head();
         let (sent, received) = (&mut self.transmit.tally, &mut self.receive.tally);
         let counters = &self.shared.counters;
@@ -216,6 +279,10 @@ impl Worker {
         counters.unwanted.add(u64::from(received.unwanted) + u64::from(received.too_long));
         sent.clear();
         received.clear();
+        if !self.dropping && registers.halted != halts {
+            registers.halted = halts;
+            self.shared.quiet.notify_all();
+        }
         self.shared.show(registers, now);
     }
 
@@ -259,6 +326,23 @@ impl Worker {
         }
         lock(&self.shared.registers).awake();
         Ok(())
+    }
+}
+
+/// For as long as it lives, accesses may wait for the worker.
+struct Serving(Arc<Shared>);
+
+impl Serving {
+    fn begin(shared: &Arc<Shared>) -> Self {
+        lock(&shared.registers).served = true;
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        lock(&self.0.registers).served = false;
+        self.0.quiet.notify_all();
     }
 }
 

@@ -203,9 +203,11 @@ fn dma_needs_the_right_direction_and_the_right_to_memory() {
     bench.command(command::WRITE_DMA, 9, 2);
     bench.start_dma(master::TO_MEMORY);
     assert!(!bench.work());
+    bench.channel.write_master(0, 0, true);
     bench.channel.write_master(0, master::START, false);
     assert!(!bench.work());
-    bench.start_dma(0);
+    // It has been started, and has the right from now on.
+    bench.channel.allow_master(true);
     assert!(bench.work());
     assert_eq!(bench.disks[0][9 * 512..11 * 512], [0; 1024]);
 }

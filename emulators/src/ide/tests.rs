@@ -43,6 +43,7 @@ struct Machine {
     command: Arc<dyn Device>,
     control: Arc<dyn Device>,
     master: Arc<dyn Device>,
+    pci: ConfigPorts,
     _ide: Ide,
 }
 
@@ -62,7 +63,7 @@ impl Machine {
         pci.write(4, &[5]);
         let (command, control) = (ide.command_block(0), ide.control_block(0));
         let master = ide.bus_master(decode);
-        Self { memory, line, command, control, master, _ide: ide }
+        Self { memory, line, command, control, master, pci, _ide: ide }
     }
 
     fn command(&self, code: u8, lba: u8, count: u8) {
@@ -93,6 +94,24 @@ impl Machine {
         self.master.write(0, &[0]);
         (self.read(7), master[0])
     }
+}
+
+/// The command register is written through the bus, as a guest does it.
+#[test]
+fn dma_that_was_started_before_the_bus_master_was_switched_on_is_done_then() {
+    let machine = Machine::new(Arc::new(RamDisk::new(1 << 20).unwrap()));
+    machine.pci.write(4, &[1]);
+    machine.memory.write_obj(Gpa(DATA.into()), &0x55_u8).unwrap();
+    machine.memory.write_obj(Gpa(TABLE.into()), &DATA).unwrap();
+    machine.memory.write_obj(Gpa(u64::from(TABLE) + 4), &0x8000_0200_u32).unwrap();
+    machine.master.write(4, &TABLE.to_le_bytes());
+    machine.command(0xc8, 3, 1);
+    machine.master.write(0, &[8]);
+    machine.master.write(0, &[9]);
+    machine.pci.write(4, &[5]);
+    machine.line.wait();
+    assert_eq!(machine.read(7), 0x50);
+    assert_eq!(machine.memory.read_obj::<u8>(Gpa(DATA.into())).unwrap(), 0);
 }
 
 #[test]

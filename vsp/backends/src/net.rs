@@ -43,6 +43,7 @@ use crate::uring::{Cqe, Tag, Uring};
 pub mod capture;
 pub mod checksum;
 pub mod fuzzing;
+pub mod headers;
 pub mod large;
 pub mod loopback;
 pub mod offload;
@@ -60,9 +61,17 @@ pub use offload::{Offload, Offloads};
 /// Addresses and type: what every frame begins with, in bytes.
 pub const ETHERNET_HEADER: usize = 14;
 
+/// The VLAN tags that a packet of full size may have in front of it, in bytes: two (IEEE 802.1Q).
+pub const TAGS: usize = 8;
+
 /// The longest frame, in bytes: an IP packet of the greatest length behind an Ethernet header with
-/// a VLAN tag. Only frames yet to be divided into segments are longer than the MTU.
-pub const MAX_FRAME: usize = ETHERNET_HEADER + 4 + 65535;
+/// VLAN tags. Only frames yet to be divided into segments are longer than the MTU.
+pub const MAX_FRAME: usize = ETHERNET_HEADER + TAGS + 65535;
+
+/// The longest frame that is not to be divided, where packets have up to `mtu` bytes.
+pub const fn longest_frame(mtu: u16) -> usize {
+    ETHERNET_HEADER + TAGS + mtu as usize
+}
 
 /// The most buffers a frame or an offer may consist of.
 pub const MAX_BUFFERS: usize = 64;
@@ -157,8 +166,13 @@ pub trait Queue {
     /// ring's next completions. Buffers offered afterwards are used as ever.
     fn recall(&mut self, uring: &mut Uring, done: &mut Completions);
 
-    /// Frames and offered buffers taken and not ended. A worker that stops recalls its buffers and
-    /// waits until it is 0.
+    /// Drops the frames under way that have not left, as their buffers are wanted back: they end now or
+    /// with the ring's next completions, like those that are sent before they have. Of a frame that has
+    /// left in part the rest follows from a copy. Frames that end by themselves may do so.
+    fn drop_frames(&mut self, _: &mut Uring, _: &mut Completions) {}
+
+    /// Frames and offered buffers taken and not ended. A worker that stops recalls its buffers, drops
+    /// its frames and waits until it is 0.
     fn in_flight(&self) -> usize;
 
     /// What this queue has done so far.

@@ -500,6 +500,166 @@ proptest! {
     }
 }
 
+const D: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xd]);
+
+/// What a sender's frames for one that receives are worth while `deaf` others receive nothing: all of
+/// them arrive. `lens` are those of the frames for the deaf and for the other.
+fn all_arrive(deaf: usize, lens: [usize; 2], rounds: usize) {
+    let switch = switch();
+    let ports: Vec<_> =
+        (0..deaf + 2).map(|_| switch.port(PortOptions::default()).unwrap()).collect();
+    let mut a = Nic::new(&ports[0], 0);
+    let mut c = Nic::new(&ports[1], 8);
+    plain(&mut c, &frame(A, C, b"I am C"));
+    let mut others = Vec::new();
+    for (number, port) in (0..).zip(&ports[2..]) {
+        let mut nic = Nic::new(port, 0);
+        let address = MacAddr([2, 0, 0, 0, 1, number]);
+        plain(&mut nic, &frame(A, address, b"I hear nothing"));
+        others.push((nic, address));
+    }
+    while !c.take().is_empty() {}
+    for round in 0..rounds {
+        for (_, address) in &others {
+            let _ = a.send(&frame(*address, A, &vec![1; lens[0]]), Offload::NONE);
+        }
+        let to_c = a.send(&frame(C, A, &vec![2; lens[1]]), Offload::NONE);
+        assert_eq!(to_c, Ok(()), "frame {round} for C, which receives all it is sent");
+        assert_eq!(c.take().len(), 1);
+    }
+}
+
+#[test]
+fn whoever_receives_nothing_holds_up_nobody() {
+    for lens in [[3000, 3000], [1, 1], [1, 3000], [3000, 1]] {
+        all_arrive(1, lens, 1200);
+        all_arrive(2, lens, 1200);
+    }
+    all_arrive(62, [3000, 3000], 20);
+    all_arrive(62, [1, 1], 40);
+}
+
+/// Broadcasts are for the deaf, too.
+#[test]
+fn broadcasts_reach_whoever_receives_beside_others_that_do_not() {
+    let switch = switch();
+    let ports: Vec<_> = (0..4).map(|_| switch.port(PortOptions::default()).unwrap()).collect();
+    let mut a = Nic::new(&ports[0], 0);
+    let _deaf = [Nic::new(&ports[2], 0), Nic::new(&ports[3], 0)];
+    let mut c = Nic::new(&ports[1], 8);
+    for round in 0..1200 {
+        let len = if round % 2 == 0 { 10 } else { 3000 };
+        let sent = frame(MacAddr::BROADCAST, A, &vec![1; len]);
+        assert_eq!(a.send(&sent, Offload::NONE), Ok(()));
+        assert_eq!(c.take(), [sent], "{round}");
+    }
+}
+
+#[test]
+fn a_deaf_nic_with_several_channels_holds_up_nobody() {
+    let switch = switch();
+    let ports: Vec<_> = (0..3).map(|_| switch.port(PortOptions::default()).unwrap()).collect();
+    let mut a = Nic::new(&ports[0], 0);
+    let mut deaf: Vec<_> = (0..4).map(|index| Nic::with(&ports[1], index, 0, 200)).collect();
+    let mut c = Nic::new(&ports[2], 8);
+    c.send(&frame(A, C, b"I am C"), Offload::NONE).unwrap();
+    let (bytes, _) = datagram(4, false);
+    let to: [u8; 6] = bytes[..6].try_into().unwrap();
+    let from: [u8; 6] = bytes[6..12].try_into().unwrap();
+    plain(&mut deaf[0], &frame(MacAddr(from), MacAddr(to), b"I am deaf"));
+    c.take();
+    for round in 0..3000u32 {
+        let mut bytes = bytes.clone();
+        bytes[34..36].copy_from_slice(&(round as u16).to_be_bytes());
+        let _ = a.send(&bytes, Offload::NONE);
+        let to_c = a.send(&frame(C, MacAddr(from), b"y"), Offload::NONE);
+        assert_eq!(to_c, Ok(()), "frame {round} for C, which receives all it is sent");
+        assert_eq!(c.take().len(), 1);
+    }
+}
+
+/// Who was deaf for a while is sent to again, with the first frame after it has received.
+#[test]
+fn whoever_receives_again_is_sent_to_again() {
+    let switch = switch();
+    let ports: Vec<_> = (0..3).map(|_| switch.port(PortOptions::default()).unwrap()).collect();
+    let mut a = Nic::new(&ports[0], 0);
+    let mut b = Nic::new(&ports[1], 4);
+    plain(&mut b, &frame(A, B, b"I am B"));
+    for len in [1, 3000] {
+        let sent = frame(B, A, &vec![1; len]);
+        let mut went = 0;
+        while a.send(&sent, Offload::NONE).is_ok() {
+            went += 1;
+        }
+        assert!(went > 100, "{went} of {len} bytes");
+        let mut came = 0;
+        while came < went {
+            came += b.take().len();
+        }
+        assert_eq!(a.send(&sent, Offload::NONE), Ok(()));
+        assert_eq!(b.take(), [sent]);
+    }
+}
+
+/// An access port must not be a way into other VLANs, nor a trunk into those that it is not to have.
+#[test]
+fn a_tag_behind_another_does_not_become_the_first() {
+    let switch = switch();
+    let port = |vlan| switch.port(PortOptions { vlan, isolated: false }).unwrap();
+    let some = || PortVlan::Trunk { native: Some(1), allowed: [5].into_iter().collect() };
+    let ports = [port(PortVlan::Access(1)), port(some()), port(PortVlan::default())];
+    let mut access = Nic::new(&ports[0], 4);
+    let mut trunk = Nic::new(&ports[1], 4);
+    let mut uplink = Nic::new(&ports[2], 4);
+    let double = |outer: [u8; 4], inner: [u8; 4]| {
+        let front = [&D.0[..], &A.0, &outer, &inner].concat();
+        [&front[..], &[0x88, 0xb5], b"secret"].concat()
+    };
+    let types = [[0x81, 0], [0x88, 0xa8], [0x91, 0]];
+    let tag = |kind: [u8; 2], vlan| [kind[0], kind[1], 0, vlan];
+    let mut refused = 0;
+    for inner in types {
+        // Behind a priority tag, and behind a provider's.
+        for outer in types {
+            for vlan in [0, 9] {
+                for nic in [&mut access, &mut trunk] {
+                    let sent = nic.send(&double(tag(outer, vlan), tag(inner, 9)), Offload::NONE);
+                    assert_eq!(sent, Err(Dropped::Refused), "{outer:x?} {inner:x?}");
+                    refused += 1;
+                }
+            }
+        }
+        let hidden = double(tag([0x81, 0], 0), tag(inner, 9));
+        assert_eq!(uplink.send(&hidden, Offload::NONE), Err(Dropped::Refused));
+    }
+    assert_eq!((uplink.take().len(), access.queue.counters().send_drops), (0, refused / 2));
+    // Out of the native VLAN of one trunk into that of another: the tag stays. No access port has it.
+    let native = double(tag([0x81, 0], 1), tag([0x81, 0], 9));
+    plain(&mut uplink, &native);
+    assert_eq!((trunk.take(), access.take()), (vec![native], vec![]));
+    assert_eq!(ports[0].statistics().receive_drops, 1);
+    // What a trunk may have passes with all that is behind it, and as it came where all may pass.
+    let allowed = double(tag([0x81, 0], 5), tag([0x81, 0], 9));
+    plain(&mut trunk, &allowed);
+    assert_eq!(uplink.take(), [allowed]);
+}
+
+#[test]
+fn tags_are_no_part_of_a_packets_size() {
+    let switch = switch();
+    let ports: Vec<_> = (0..2).map(|_| switch.port(PortOptions::default()).unwrap()).collect();
+    let [mut a, mut b] = [0, 1].map(|number| Nic::new(&ports[number], 4));
+    for tags in [&[][..], &[0x81, 0, 0, 7], &[0x81, 0, 0, 7, 0x81, 0, 0, 8], &[0x88, 0xa8, 0, 7]] {
+        for (len, expected) in [(9000, Ok(())), (9001, Err(Dropped::Refused))] {
+            let mut sent = frame(B, A, &vec![1; len]);
+            sent.splice(12..12, tags.iter().copied());
+            assert_eq!(a.send(&sent, Offload::NONE), expected, "{tags:x?}");
+            assert_eq!(b.take().len(), usize::from(expected.is_ok()));
+        }
+    }
+}
+
 /// A worker whose guest broke its ring drops what it has, its io_uring first.
 #[test]
 fn a_worker_that_gives_up_leaves_its_port_to_the_next() {

@@ -204,11 +204,12 @@ impl Engine {
         }
     }
 
-    /// Asks the network for its buffers, and offers no more.
+    /// Asks the network for its buffers, and offers no more. Frames that cannot leave are dropped.
     pub(super) fn recall(&mut self, uring: &mut Uring) {
         self.closing = true;
         if let Some(queue) = &mut self.queue {
             queue.recall(uring, &mut self.done);
+            queue.drop_frames(uring, &mut self.done);
         }
     }
 
@@ -404,6 +405,9 @@ impl Engine {
         if self.session.receive_loan.is_over() && !self.closing {
             self.closing = true;
             queue.recall(uring, &mut self.done);
+        }
+        if self.session.send_loan.is_over() && self.send_pages.is_some() {
+            queue.drop_frames(uring, &mut self.done);
         }
         let arrivals = self.receives.arrivals();
         if self.receives.changes_size() {

@@ -154,7 +154,7 @@ pub(crate) fn fuzz_data(data: &[u8]) {
             left = later;
         }
         let takes = if choice & 0x40 == 0 { Offloads::ALL } else { Offloads::NONE };
-        let limits = Limits { max_frame: 9018, takes };
+        let limits = Limits { max_frame: 9022, takes };
         let mut reader = Reader::new(memory, &segments);
         let (mut front, mut buffers) = (Front::new(), Vec::new());
         loop {

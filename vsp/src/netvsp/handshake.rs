@@ -6,7 +6,7 @@
 //! does, cut into sections. Then it may ask for sub-channels. What comes out of order is refused,
 //! or ignored where the protocol has no answer.
 
-use backends::net::MAX_FRAME;
+use backends::net::{MAX_FRAME, longest_frame};
 use vmbus::nvsp::{
     Capabilities, Init, InitComplete, Message, MessageKind, NdisConfig, Outgoing,
     ReceiveBufferComplete, RevokeBuffer, SendBufferComplete, ShareBuffer, Status,
@@ -20,8 +20,6 @@ const DEFAULT_MTU: u16 = 1500;
 const MIN_MTU: u16 = 68;
 /// Addresses and type.
 const ETHERNET_HEADER: u32 = 14;
-/// A VLAN tag in the frame.
-const VLAN_TAG: u32 = 4;
 
 /// Bytes in front of a frame in its slot: an RNDIS header with all information there can be.
 pub(super) const SLOT_HEADER: u32 = 96;
@@ -142,9 +140,9 @@ impl Handshake {
         self.mtu
     }
 
-    /// The longest frame that the guest sends in one piece, a VLAN tag included.
+    /// The longest frame that the guest sends in one piece, VLAN tags included.
     pub(super) fn max_frame(&self) -> u32 {
-        u32::from(self.mtu) + ETHERNET_HEADER + VLAN_TAG
+        longest_frame(self.mtu) as u32
     }
 
     /// What the guest can do.
@@ -332,7 +330,7 @@ fn buffer_bytes(pages: usize) -> Option<u32> {
 /// Bytes in a slot that takes a frame of this MTU. Two slots make a page for the usual one, so that
 /// none of them crosses from one page into another.
 fn slot_size(mtu: u16) -> u32 {
-    (SLOT_HEADER + u32::from(mtu) + ETHERNET_HEADER + VLAN_TAG).next_multiple_of(1024).max(2048)
+    (SLOT_HEADER + longest_frame(mtu) as u32).next_multiple_of(1024).max(2048)
 }
 
 #[cfg(test)]

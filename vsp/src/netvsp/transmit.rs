@@ -2,9 +2,13 @@
 //!
 //! Each is an RNDIS message of three parts: a fixed one, per-packet information, and the frame. The
 //! first two are copied out once and checked; the frame stays where it is and goes to the network
-//! from there. Only where something in front of it has to change, a tag to be put in or lengths to
-//! be filled in before it is cut, its headers are copied ([`Front`]).
+//! from there. Only where something in front of it has to change, a tag to be put in, lengths to be
+//! filled in before it is cut, or a checksum that the network does not make, its headers are copied
+//! ([`Front`]). They are looked at, in a copy, where the guest does not say where TCP or UDP begins:
+//! NDIS leaves that to the NIC, and FreeBSD, NetBSD, OpenBSD and illumos leave the offset 0.
 
+use backends::net::checksum::{fold, put, sum};
+use backends::net::headers::{Headers, Transport, ipv4_header, network_layer};
 use backends::net::large::LargePacket;
 use backends::net::offload::Checksum;
 use backends::net::{Buffer, ETHERNET_HEADER, MAX_BUFFERS, Offload, Offloads};
@@ -31,7 +35,7 @@ const ADDRESSES: usize = 12;
 /// What a NIC takes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// The longest frame that is not to be cut, without a tag beside it.
+    /// The longest frame that is not to be cut, with its tags.
     pub max_frame: u32,
     /// What may be left to do.
     pub takes: Offloads,
@@ -204,13 +208,13 @@ fn place(
         frame.clone().read(headers).ok_or(Malformed::Short)?;
         (offload, copied) = prepare_large(headers, len, large, limits).ok_or(Malformed::Offload)?;
     } else {
-        if len > limits.max_frame {
+        if len + tag > limits.max_frame {
             return Err(Malformed::Length);
         }
-        if let Some(checksum) = info.checksum {
-            offload.checksum = partial(checksum).ok_or(Malformed::Offload)?;
+        if let Some(checksum) = info.checksum.filter(|checksum| asks(*checksum)) {
+            (offload, copied) = checksums(frame, len, checksum, limits, front)?;
         }
-        if info.vlan.is_some() {
+        if info.vlan.is_some() && copied == 0 {
             copied = ADDRESSES;
             let addresses = front.0.get_mut(..copied).ok_or(Malformed::Length)?;
             frame.clone().read(addresses).ok_or(Malformed::Short)?;
@@ -243,17 +247,90 @@ fn place(
     Ok(Outbound { len, offload })
 }
 
-/// Where the checksum goes. The guest has put the pseudo-header's sum there.
-fn partial(checksum: TransmitChecksum) -> Option<Checksum> {
-    let offset = if checksum.has(TransmitChecksum::TCP) {
-        16
-    } else if checksum.has(TransmitChecksum::UDP) {
-        6
+/// Whether a checksum is to be made.
+fn asks(checksum: TransmitChecksum) -> bool {
+    // Any of them.
+    let any = TransmitChecksum::TCP | TransmitChecksum::UDP | TransmitChecksum::IP_HEADER;
+    checksum.has(any)
+}
+
+/// Sees to the checksums of a frame of `len` bytes that begins at `frame`. Returns what is left to the
+/// network, and how many of the first bytes are in `front`, changed.
+///
+/// The guest has put the pseudo-header's sum where TCP's or UDP's goes.
+fn checksums(
+    frame: Reader<'_>,
+    len: u32,
+    checksum: TransmitChecksum,
+    limits: &Limits,
+    front: &mut Front,
+) -> Result<(Offload, usize), Malformed> {
+    let kind = if checksum.has(TransmitChecksum::TCP) {
+        Some(Transport::Tcp)
     } else {
-        return Some(Checksum::Unknown);
+        checksum.has(TransmitChecksum::UDP).then_some(Transport::Udp)
     };
-    let start = checksum.transport_offset();
-    (usize::from(start) > ETHERNET_HEADER).then_some(Checksum::Partial { start, offset })
+    let said = checksum.transport_offset();
+    let in_software = kind.is_some() && !limits.takes.contains(Offloads::CHECKSUM);
+    let ip_header = checksum.has(TransmitChecksum::IP_HEADER);
+    if kind.is_some() && said > 0 && !in_software && !ip_header {
+        return Ok((partial(said, kind).ok_or(Malformed::Offload)?, 0));
+    }
+    let headers = front.0.get_mut(..len.min(MAX_HEADERS as u32) as usize);
+    let headers = headers.ok_or(Malformed::Length)?;
+    frame.clone().read(headers).ok_or(Malformed::Short)?;
+    let start = match (kind, said) {
+        (None, _) => 0,
+        (Some(_), 1..) => said,
+        (Some(kind), 0) => {
+            let found = Headers::find(headers).filter(|found| found.kind == kind);
+            let found = found.ok_or(Malformed::Offload)?;
+            u16::try_from(found.transport).map_err(|_| Malformed::Offload)?
+        }
+    };
+    let mut offload = partial(start, kind).ok_or(Malformed::Offload)?;
+    let mut copied = 0;
+    // An IPv6 header has none, and some guests ask for it all the same.
+    if ip_header && let Some((ip, end)) = ipv4_header(headers) {
+        put(headers, ip + 10, 0).ok_or(Malformed::Offload)?;
+        let header = headers.get(ip..end).ok_or(Malformed::Offload)?;
+        let made = !fold(sum(header));
+        put(headers, ip + 10, made).ok_or(Malformed::Offload)?;
+        copied = end;
+    }
+    if in_software && let Checksum::Partial { start, offset } = offload.checksum {
+        let place = usize::from(start) + usize::from(offset);
+        let made = sum_of(frame, start.into(), len).ok_or(Malformed::Offload)?;
+        // In UDP, 0 would mean that there is none.
+        let made = if made == 0 { 0xffff } else { made };
+        put(headers, place, made).ok_or(Malformed::Offload)?;
+        copied = copied.max(place + 2);
+        offload = Offload::NONE;
+    }
+    Ok((offload, copied))
+}
+
+/// The checksum of the bytes from `start` to the end of a frame of `len` bytes.
+fn sum_of(mut frame: Reader<'_>, start: u32, len: u32) -> Option<u16> {
+    let mut left = len.checked_sub(start)?;
+    frame.skip(start)?;
+    let mut all = 0;
+    let mut chunk = [0; 512];
+    while left > 0 {
+        // All but the last have an even length, so that sums are added like numbers.
+        let now = chunk.get_mut(..left.min(512) as usize)?;
+        frame.read(now)?;
+        left -= now.len() as u32;
+        all += sum(now);
+    }
+    Some(!fold(all))
+}
+
+/// That a checksum is left to the network, if one is to be made of what begins at `start`.
+fn partial(start: u16, kind: Option<Transport>) -> Option<Offload> {
+    let Some(kind) = kind else { return Some(Offload::NONE) };
+    let checksum = Checksum::Partial { start, offset: kind.checksum_offset() };
+    (usize::from(start) > ETHERNET_HEADER).then_some(Offload { checksum, ..Offload::NONE })
 }
 
 /// Makes the headers of a frame of `len` bytes that is to be cut what the network takes. Returns what
@@ -267,14 +344,15 @@ fn prepare_large(
     if !large.is_v2() {
         return None;
     }
-    let ip = match headers.get(ADDRESSES..ADDRESSES + 2)? {
-        [0x81, 0x00] => ETHERNET_HEADER + TAG,
-        _ => ETHERNET_HEADER,
+    let (ip, _) = network_layer(headers)?;
+    let transport = match large.transport_offset() {
+        0 => Headers::find(headers).filter(|found| found.kind == Transport::Tcp)?.transport,
+        said => said.into(),
     };
     let packet = LargePacket {
         len: len as usize,
         ip,
-        transport: large.transport_offset().into(),
+        transport,
         v4: !large.is_ipv6(),
         tcp: true,
         size: u16::try_from(large.segment_size()).ok()?,

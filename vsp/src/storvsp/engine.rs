@@ -240,7 +240,7 @@ impl Engine {
         if scsi::looks_anew(cdb)
             && let Err(error) = unit.disk.refresh()
         {
-            crate::limited!(warn!(lun, "cannot learn a disk's size: {error}"));
+            limited::warn!(lun, "cannot learn a disk's size: {error}");
         }
         let action = unit.scsi.plan(&command, &self.present, &mut self.scratch);
         let Action::Parameters(parameters) = action else {

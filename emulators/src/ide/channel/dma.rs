@@ -10,6 +10,8 @@ pub(super) struct BusMaster {
     pub(super) command: u8,
     pub(super) status: u8,
     pub(super) table: u32,
+    /// The function may access memory.
+    allowed: bool,
 }
 
 impl Channel {
@@ -19,7 +21,7 @@ impl Channel {
         let to_memory = self.master.command & master::TO_MEMORY != 0;
         let reads = matches!(self.transfer.kind, Kind::ReadDma | Kind::Packet { .. });
         // A master that runs the other way waits for a drive that never comes.
-        if self.phase != Phase::Armed || !running || to_memory != reads {
+        if self.phase != Phase::Armed || !running || !self.master.allowed || to_memory != reads {
             return;
         }
         let table = self.master.table;
@@ -43,16 +45,22 @@ impl Channel {
         }
     }
 
-    /// Writes a bus-master register. `may_start` if the function may access memory.
-    pub(in crate::ide) fn write_master(&mut self, offset: u8, value: u8, may_start: bool) {
+    /// Whether the function may access memory from now on. What was started before is done as soon as
+    /// it may.
+    pub(in crate::ide) fn allow_master(&mut self, allowed: bool) {
+        self.master.allowed = allowed;
+        self.run_master();
+    }
+
+    /// Writes a bus-master register. `allowed` if the function may access memory.
+    pub(in crate::ide) fn write_master(&mut self, offset: u8, value: u8, allowed: bool) {
+        self.master.allowed = allowed;
         match offset {
             0 => {
                 let before = self.master.command;
                 self.master.command = value & (master::START | master::TO_MEMORY);
                 if value & master::START == 0 {
                     self.master.status &= !master::ACTIVE;
-                } else if !may_start {
-                    self.master.command = before & !master::START;
                 } else if before & master::START == 0 {
                     self.master.status |= master::ACTIVE;
                     self.run_master();

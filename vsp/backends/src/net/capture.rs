@@ -274,6 +274,12 @@ impl Queue for CapturedQueue {
         self.look(before, done);
     }
 
+    fn drop_frames(&mut self, uring: &mut Uring, done: &mut Completions) {
+        let before = done.len();
+        self.queue.drop_frames(uring, done);
+        self.look(before, done);
+    }
+
     fn in_flight(&self) -> usize {
         self.queue.in_flight()
     }

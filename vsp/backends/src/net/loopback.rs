@@ -160,6 +160,9 @@ impl Queue for LoopbackQueue {
 
     fn recall(&mut self, _: &mut Uring, done: &mut Completions) {
         self.offers.recall(done);
+    }
+
+    fn drop_frames(&mut self, _: &mut Uring, done: &mut Completions) {
         while let Some((id, len, ..)) = self.frames.pop_front() {
             self.sent(id, len, Err(Dropped::NoRoom), done);
         }
@@ -216,6 +219,7 @@ mod tests {
         queue.turn(&mut uring, &mut done);
         assert_eq!(done.pop(), Some(Completion::Link(false)));
         queue.recall(&mut uring, &mut done);
+        queue.drop_frames(&mut uring, &mut done);
         assert_eq!(queue.in_flight(), 0);
         assert_eq!(queue.counters().received, 1);
     }

@@ -18,8 +18,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::switch::Port;
 use super::{
-    Buffer, Completion, Completions, ETHERNET_HEADER, Frame, MAX_FRAME, Network, Offloads, Queue,
-    QueueConfig,
+    Buffer, Completion, Completions, Frame, MAX_FRAME, Network, Offloads, Queue, QueueConfig,
+    longest_frame,
 };
 use crate::uring::{Doorbell, Tag, Token, Uring};
 
@@ -28,9 +28,6 @@ const FRAMES: u16 = 256;
 
 /// Operations between two enters.
 const ENTRIES: u32 = 512;
-
-/// Bytes of a VLAN tag.
-const TAG: usize = 4;
 
 /// Whose completions they are.
 const STOP: Token = Token::new(Tag::WORKER, 0);
@@ -157,7 +154,7 @@ pub(super) fn run(
     let near = port.link();
     far.set_receive_offloads(near.takes & link.gives)?;
     let room = |offloads| match offloads == Offloads::NONE {
-        true => ETHERNET_HEADER + TAG + usize::from(near.mtu),
+        true => longest_frame(near.mtu),
         false => MAX_FRAME,
     };
     let mut uring = Uring::new(ENTRIES)?;
@@ -188,6 +185,7 @@ impl Patch<'_> {
                 hang_up();
                 for side in [&mut self.port, &mut self.far] {
                     side.queue.recall(&mut self.uring, &mut side.done);
+                    side.queue.drop_frames(&mut self.uring, &mut side.done);
                 }
             }
             let handed = self.turn(back)?;

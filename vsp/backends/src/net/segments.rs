@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use super::checksum::{fold, get, put, sum, word};
+use super::headers::{IPV4, IPV6, TCP, UDP, network_layer};
 use super::offload::{Checksum, Segmentation};
 use super::{Dropped, ETHERNET_HEADER, Offload};
 
@@ -16,15 +17,6 @@ const MAX_HEADERS: usize = 256;
 /// Segments of a frame, at most: those of the longest at the smallest MSS that Linux takes (48).
 /// A guest could otherwise have us make 65,000 frames out of one.
 const MAX_SEGMENTS: usize = 1366;
-
-/// Ethernet types.
-const IPV4: u16 = 0x0800;
-const IPV6: u16 = 0x86dd;
-const VLAN: [u16; 2] = [0x8100, 0x88a8];
-
-/// Protocols of IP.
-const TCP: u8 = 6;
-const UDP: u8 = 17;
 
 /// TCP flags that not every segment inherits.
 const FIN: u8 = 0x01;
@@ -232,20 +224,6 @@ impl Cut {
         let sum = pseudo + sum(headers.get(transport..)?) + sum(payload);
         put(headers, place, checksum(sum))
     }
-}
-
-/// Where the IP header of a frame starts, and its Ethernet type.
-fn network_layer(frame: &[u8]) -> Option<(usize, u16)> {
-    let mut at = 12;
-    let mut kind = get(frame, at)?;
-    for _ in 0..2 {
-        if !VLAN.contains(&kind) {
-            break;
-        }
-        at += 4;
-        kind = get(frame, at)?;
-    }
-    Some((at + 2, kind))
 }
 
 /// As [`sum`], of bytes that follow an odd number of others.

@@ -13,13 +13,15 @@
 //! to it; when the last receiver has dropped its own, the pool's owner can use the buffer again.
 //! So nothing is allocated or locked for a frame, a queue can hold no more than its pool, and one
 //! that receives nothing costs others no more than the frames its inbox has no room for, which are
-//! dropped and counted.
+//! dropped and counted. What one port may hold of a pool is bounded by what is left for the others, so
+//! that a sender reaches whoever receives however many do not.
 //!
 //! What a frame's sender has left undone stays so until a receiver takes it out; one whose NIC does
 //! not take that has it done in software then.
 //!
 //! In the pool a frame has no VLAN tag: tags are taken off when it comes in and put on, where the
-//! receiving port wants one, when it leaves ([`vlan`]).
+//! receiving port wants one, when it leaves ([`vlan`]). A tag behind that is a part of the frame, and is
+//! watched, as it must not become the first one.
 
 mod addresses;
 mod frame;
@@ -272,7 +274,7 @@ impl Shared {
         self.started.elapsed().as_secs() as u32
     }
 
-    /// The longest frame without a tag that need not be cut, in bytes.
+    /// The longest frame without tags that need not be cut, in bytes.
     fn longest(&self) -> usize {
         usize::from(self.options.mtu) + super::ETHERNET_HEADER
     }

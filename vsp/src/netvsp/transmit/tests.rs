@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 
 use super::*;
 
-const LIMITS: Limits = Limits { max_frame: 1518, takes: Offloads::ALL };
+const LIMITS: Limits = Limits { max_frame: 1522, takes: Offloads::ALL };
 
 /// Where tests put a packet.
 const AT: u64 = 0x1000;
@@ -37,6 +37,14 @@ type Got = (Outbound, Vec<u8>);
 /// All frames of a packet that lies at `AT` in stretches of the given lengths, as they would go
 /// out, and why it ended.
 fn frames(packet: &[u8], pieces: &[usize]) -> (Vec<Got>, Result<(), Malformed>) {
+    frames_to(&LIMITS, packet, pieces)
+}
+
+fn frames_to(
+    limits: &Limits,
+    packet: &[u8],
+    pieces: &[usize],
+) -> (Vec<Got>, Result<(), Malformed>) {
     let memory = GuestMemory::new(1 << 20).unwrap();
     let mut segments = Vec::new();
     let (mut left, mut gpa) = (packet, AT);
@@ -50,7 +58,7 @@ fn frames(packet: &[u8], pieces: &[usize]) -> (Vec<Got>, Result<(), Malformed>) 
     let mut reader = Reader::new(&memory, &segments);
     let (mut front, mut buffers, mut out) = (Front::new(), Vec::new(), Vec::new());
     loop {
-        match next_frame(&mut reader, &LIMITS, &mut front, &mut buffers) {
+        match next_frame(&mut reader, limits, &mut front, &mut buffers) {
             Ok(Some(frame)) => out.push((frame, bytes(&memory, &front, &buffers))),
             Ok(None) => return (out, Ok(())),
             Err(why) => return (out, Err(why)),
@@ -128,7 +136,117 @@ fn checksums_are_left_where_they_are_asked_for() {
     // Neither TCP nor UDP: the IP header alone, which is the guest's.
     assert_eq!(ask(1), Ok(Checksum::Unknown));
     assert_eq!(ask(1 | 4 | 84 << 16), Err(Malformed::Offload));
+    // Where it begins is not said, and cannot be seen.
     assert_eq!(ask(1 | 4), Err(Malformed::Offload));
+}
+
+/// A packet of TCP or UDP over IPv4 or IPv6, as a guest leaves it to its NIC: with a sum of the
+/// pseudo-header, and without a checksum of IPv4's header.
+fn small(v4: bool, tcp: bool, tags: usize, payload: usize) -> (Vec<u8>, usize, usize) {
+    let protocol = if tcp { 6 } else { 17 };
+    let len = (if tcp { 20 } else { 8 } + payload) as u16;
+    let mut frame = vec![2; 12];
+    (0..tags).for_each(|_| frame.extend([0x81, 0, 0, 7]));
+    let ip = frame.len() + 2;
+    let addresses = if v4 {
+        frame.extend([8, 0, 0x46, 0]);
+        frame.extend((len + 24).to_be_bytes());
+        frame.extend([
+            0, 1, 0x40, 0, 64, protocol, 0xab, 0xcd, 10, 0, 0, 1, 10, 0, 0, 2, 1, 1, 1, 0,
+        ]);
+        ip + 12..ip + 20
+    } else {
+        frame.extend([0x86, 0xDD, 0x60, 0, 0, 0]);
+        frame.extend((len + 8).to_be_bytes());
+        frame.extend([60, 64]);
+        frame.extend([0xfd; 32]);
+        frame.extend([protocol, 0, 1, 4, 0, 0, 0, 0]);
+        ip + 8..ip + 40
+    };
+    let transport = frame.len();
+    let seed = fold(sum(&frame[addresses]) + word(protocol.into()) + word(len));
+    frame.resize(transport + usize::from(len) - payload, 0);
+    let place = transport + if tcp { 16 } else { 6 };
+    frame[place..place + 2].copy_from_slice(&seed.to_be_bytes());
+    frame.extend((0..payload).map(|at| (at * 7 + at / 256) as u8));
+    (frame, ip, transport)
+}
+
+/// Many systems leave the offset 0 (FreeBSD's hn(4) and what was made of it): the NIC looks for it.
+#[test]
+fn headers_are_found_where_the_offset_is_not_said() {
+    for (v4, tcp) in [(true, true), (true, false), (false, true), (false, false)] {
+        for tags in 0..=2 {
+            let (sent, _, transport) = small(v4, tcp, tags, 100);
+            let bits = if v4 { 1 } else { 2 } | if tcp { 4 } else { 8 };
+            let (got, end) =
+                frames(&message(&[info(PacketInfoKind::Checksum, bits)], &sent), &[61, 3]);
+            assert_eq!(end, Ok(()));
+            let partial =
+                Checksum::Partial { start: transport as u16, offset: if tcp { 16 } else { 6 } };
+            assert_eq!((got[0].0.offload.checksum, &got[0].1), (partial, &sent));
+            // Not of what it is not.
+            let wrong = info(PacketInfoKind::Checksum, bits ^ 12);
+            assert_eq!(frames(&message(&[wrong], &sent), &[]).1, Err(Malformed::Offload));
+        }
+    }
+}
+
+#[test]
+fn large_sends_are_cut_where_the_offset_is_not_said() {
+    let sent = large4(5000);
+    for (tags, shift) in [(0, 0), (1, 4), (2, 8)] {
+        let mut sent = sent.clone();
+        (0..tags).for_each(|_| drop(sent.splice(12..12, [0x88, 0xa8, 0, 7])));
+        let large = info(PacketInfoKind::LargeSend, 1448 | 1 << 30);
+        let (got, end) = frames(&message(&[large], &sent), &[]);
+        assert_eq!(end, Ok(()));
+        let partial = Checksum::Partial { start: 34 + shift, offset: 16 };
+        assert_eq!(got[0].0.offload.checksum, partial);
+        assert!(got[0].0.offload.segments.is_some());
+    }
+}
+
+/// Alone, beside TCP's, and with a tag that is put in; and not in IPv6, which has none.
+#[test]
+fn a_checksum_of_the_ip_header_is_made() {
+    for (bits, tag) in [(1 | 16, false), (1 | 4 | 16, false), (1 | 4 | 16, true)] {
+        for offset in [0, 38] {
+            let (sent, ip, transport) = small(true, true, 0, 100);
+            let mut infos = vec![info(PacketInfoKind::Checksum, bits | offset << 16)];
+            infos.extend(tag.then(|| info(PacketInfoKind::Vlan, 7 << 4)));
+            let (got, end) = frames(&message(&infos, &sent), &[50]);
+            assert_eq!(end, Ok(()));
+            let (outbound, mut bytes) = got[0].clone();
+            if tag {
+                assert_eq!(bytes.drain(12..16).collect::<Vec<u8>>(), [0x81, 0, 0, 7]);
+            }
+            assert_eq!(fold(sum(&bytes[ip..transport])), 0xffff);
+            let asked = bits & 4 != 0;
+            let shift = if tag { 4 } else { 0 };
+            let partial = Checksum::Partial { start: transport as u16 + shift, offset: 16 };
+            let expected = if asked { partial } else { Checksum::Unknown };
+            assert_eq!(outbound.offload.checksum, expected);
+            let mut sent = sent;
+            sent[ip + 10..ip + 12].copy_from_slice(&bytes[ip + 10..ip + 12]);
+            assert_eq!(bytes, sent);
+        }
+    }
+    let (sent, ..) = small(false, true, 0, 100);
+    let (got, end) = frames(&message(&[info(PacketInfoKind::Checksum, 2 | 4 | 16)], &sent), &[]);
+    assert_eq!((end, &got[0].1), (Ok(()), &sent));
+}
+
+/// A packet of full size in a VLAN in a VLAN, whether a tag is in the frame or beside it.
+#[test]
+fn two_tags_fit_in_front_of_a_packet_of_full_size() {
+    let tag = |number: u32| info(PacketInfoKind::Vlan, number << 4);
+    let refused = (Vec::new(), Err(Malformed::Length));
+    for (infos, in_frame) in [(vec![], 8), (vec![tag(7)], 4)] {
+        let (got, end) = frames(&message(&infos, &frame(1514 + in_frame, 1)), &[]);
+        assert_eq!((end, got[0].0.len), (Ok(()), 1522));
+        assert_eq!(frames(&message(&infos, &frame(1515 + in_frame, 1)), &[]), refused);
+    }
 }
 
 /// A TCP segment over IPv4 as Linux prepares it for large send.
@@ -256,22 +374,44 @@ fn wild_messages_end_the_packet() {
         assert_eq!(ends(&put(52, offset)), Malformed::Info, "{offset}");
     }
     assert_eq!(ends(&|bytes| bytes.truncate(20)), Malformed::Short);
-    let long = message(&[], &frame(1519, 0));
+    let long = message(&[], &frame(1523, 0));
     assert_eq!(frames(&long, &[]).1, Err(Malformed::Length));
     let pieces = [1; 140];
     assert_eq!(frames(&message(&[], &frame(100, 0)), &pieces).1, Err(Malformed::Pieces));
 }
 
 #[test]
-fn what_the_network_does_not_take_is_refused() {
-    let memory = GuestMemory::new(1 << 20).unwrap();
-    let packet = message(&[info(PacketInfoKind::Checksum, 1 | 4 | 34 << 16)], &frame(100, 0));
-    memory.write(Gpa(AT), &packet).unwrap();
-    let segments = [Segment { gpa: AT, len: packet.len() as u32 }];
+fn what_the_network_does_not_take_is_not_left_to_it() {
     let limits = Limits { takes: Offloads::NONE, ..LIMITS };
-    let mut reader = Reader::new(&memory, &segments);
-    let end = next_frame(&mut reader, &limits, &mut Front::new(), &mut Vec::new());
-    assert_eq!(end, Err(Malformed::Offload));
+    let large = info(PacketInfoKind::LargeSend, 1448 | 34 << 20 | 1 << 30);
+    assert_eq!(
+        frames_to(&limits, &message(&[large], &large4(5000)), &[]).1,
+        Err(Malformed::Offload)
+    );
+    // Checksums are made, as some guests ask for them whatever they were told that there is.
+    for (v4, tcp, payload) in
+        [(true, true, 1300), (true, false, 1), (false, true, 0), (false, false, 777)]
+    {
+        for (offset, tag) in [(false, false), (true, false), (false, true)] {
+            let (sent, ip, transport) = small(v4, tcp, 0, payload);
+            let bits = if v4 { 1 | 16 } else { 2 } | if tcp { 4 } else { 8 };
+            let said = if offset { (transport as u32) << 16 } else { 0 };
+            let mut infos = vec![info(PacketInfoKind::Checksum, bits | said)];
+            infos.extend(tag.then(|| info(PacketInfoKind::Vlan, 7 << 4)));
+            let (got, end) = frames_to(&limits, &message(&infos, &sent), &[70, 33, 1]);
+            assert_eq!(end, Ok(()));
+            let (outbound, mut bytes) = got[0].clone();
+            assert_eq!(outbound.offload, Offload::NONE);
+            if tag {
+                bytes.drain(12..16);
+            }
+            assert!(!v4 || fold(sum(&bytes[ip..transport])) == 0xffff);
+            let addresses = if v4 { ip + 12..ip + 20 } else { ip + 8..ip + 40 };
+            let len = (bytes.len() - transport) as u16;
+            let pseudo = sum(&bytes[addresses]) + word(if tcp { 6 } else { 17 }) + word(len);
+            assert_eq!(fold(pseudo + sum(&bytes[transport..])), 0xffff);
+        }
+    }
 }
 
 proptest! {

@@ -39,6 +39,7 @@ const SHORTEST: usize = 60;
 const SEND: u64 = 0;
 const RECEIVE: u64 = 1;
 const CANCEL: u64 = 2;
+const CANCEL_SEND: u64 = 3;
 
 /// Where a stream is within frames, each way: what one queue leaves to the next.
 #[derive(Debug)]
@@ -136,6 +137,11 @@ pub(super) struct StreamQueue {
     /// Frames not wholly sent, in order, and how much of the first of them is.
     queue: VecDeque<u16>,
     sent: usize,
+    /// Frames are to be dropped as soon as the kernel has let go of them; and whether it was asked to.
+    dropping: bool,
+    cancelling: bool,
+    /// Nothing is begun until there is something new to do: the queue may be about to go.
+    idle: bool,
     message: Box<Message>,
     sending: bool,
     up: bool,
@@ -182,6 +188,9 @@ impl StreamQueue {
             free: (0..sends).rev().collect(),
             queue: VecDeque::with_capacity(sends.into()),
             sent: 0,
+            dropping: false,
+            cancelling: false,
+            idle: false,
             message: Box::new(Message { header, pieces: Vec::with_capacity(MAX_PIECES) }),
             sending: false,
             up,
@@ -209,6 +218,41 @@ impl StreamQueue {
             }
             self.sent = 0;
         }
+    }
+
+    /// Drops what waits. Of a frame that the other side has a part of, it gets the rest.
+    fn shed(&mut self, done: &mut Completions) {
+        self.dropping = false;
+        if self.sent > 0 {
+            self.begun = self.rest();
+        }
+        while let Some(index) = self.queue.pop_front() {
+            let begun = mem::take(&mut self.sent) > 0;
+            self.ended(index, if begun { Ok(()) } else { Err(Dropped::NoRoom) }, done);
+        }
+    }
+
+    /// A copy of what is still to be sent of the first frame. A part of it has been, so all that
+    /// another queue had begun has.
+    fn rest(&self) -> Vec<u8> {
+        let front = self.queue.front().and_then(|index| self.slots.get(usize::from(*index)));
+        let Some(slot) = front else { return Vec::new() };
+        let mut bytes = vec![0; PREFIX + slot.len as usize];
+        // SAFETY: who sent the frame vouches for its buffers for as long as it has not ended.
+        unsafe { Cursor::new(&slot.pieces).read(&mut bytes) };
+        bytes.drain(..self.sent.min(bytes.len()));
+        bytes
+    }
+
+    /// Asks the kernel to let go of what it is sending.
+    fn cancel_send(&mut self, uring: &mut Uring) {
+        if !self.dropping || !self.sending || self.cancelling {
+            return;
+        }
+        let cancel = opcode::AsyncCancel::new(self.token(SEND).user_data()).build();
+        let token = self.token(CANCEL_SEND).user_data();
+        // SAFETY: a cancellation points to nothing. If it cannot be pushed, the next turn tries again.
+        self.cancelling = unsafe { uring.push(&cancel.user_data(token)) }.is_ok();
     }
 
     fn ended(&mut self, index: u16, result: Result<(), Dropped>, done: &mut Completions) {
@@ -265,7 +309,8 @@ impl StreamQueue {
 
     /// Sends what waits, as much of it as goes into one message.
     fn transmit(&mut self, uring: &mut Uring) {
-        if self.sending || !self.up || (self.queue.is_empty() && self.begun.is_empty()) {
+        let nothing = self.queue.is_empty() && (self.begun.is_empty() || self.idle);
+        if self.sending || !self.up || nothing {
             return;
         }
         let (token, target) = (self.token(SEND), self.target);
@@ -361,6 +406,7 @@ impl Queue for StreamQueue {
     }
 
     unsafe fn offer(&mut self, id: u32, buffers: &[Buffer], _: &mut Uring, done: &mut Completions) {
+        self.idle = false;
         self.offers.push(id, buffers, done);
     }
 
@@ -370,6 +416,7 @@ impl Queue for StreamQueue {
         }
         self.receive(uring);
         self.transmit(uring);
+        self.cancel_send(uring);
     }
 
     fn complete(&mut self, cqe: &Cqe, uring: &mut Uring, done: &mut Completions) {
@@ -394,14 +441,26 @@ impl Queue for StreamQueue {
                 match usize::try_from(cqe.result) {
                     Ok(bytes) => self.gone(bytes, done),
                     Err(_) => match cqe.result.wrapping_neg() {
-                        libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM => {}
+                        libc::ECANCELED
+                        | libc::EINTR
+                        | libc::EAGAIN
+                        | libc::ENOBUFS
+                        | libc::ENOMEM => {}
                         errno => self.lost(&io::Error::from_raw_os_error(errno), done),
                     },
                 }
                 if !self.up {
                     self.lost(&"its other side is gone", done);
                 }
+                if self.dropping {
+                    self.shed(done);
+                }
                 self.transmit(uring);
+            }
+            CANCEL_SEND => {
+                // It may have come at a moment when there was nothing to stop.
+                self.cancelling = false;
+                self.cancel_send(uring);
             }
             _ => {}
         }
@@ -418,6 +477,7 @@ impl Queue for StreamQueue {
 
     fn recall(&mut self, uring: &mut Uring, done: &mut Completions) {
         self.offers.recall(done);
+        self.idle = true;
         if self.receiving {
             let cancel = opcode::AsyncCancel::new(self.token(RECEIVE).user_data()).build();
             // SAFETY: a cancellation points to nothing. If it cannot be pushed, the operation ends
@@ -426,8 +486,18 @@ impl Queue for StreamQueue {
         }
     }
 
+    fn drop_frames(&mut self, uring: &mut Uring, done: &mut Completions) {
+        if !self.sending {
+            return self.shed(done);
+        }
+        self.dropping = true;
+        self.cancel_send(uring);
+    }
+
     fn in_flight(&self) -> usize {
-        self.queue.len() + self.offers.len() + usize::from(self.receiving)
+        // The rest of a dropped frame may be the only thing that the kernel looks at.
+        let sending = self.queue.len().max(self.sending.into());
+        sending + self.offers.len() + usize::from(self.receiving)
     }
 
     fn counters(&self) -> Counters {
@@ -438,14 +508,7 @@ impl Queue for StreamQueue {
 impl StreamQueue {
     /// What the next queue has to know. Nothing is with the kernel any more.
     fn middle(&mut self, inbound: Inbound) -> Middle {
-        let mut begun = mem::take(&mut self.begun);
-        let front = self.queue.front().and_then(|index| self.slots.get(usize::from(*index)));
-        if let Some(slot) = front.filter(|_| self.sent > 0) {
-            begun = vec![0; PREFIX + slot.len as usize];
-            // SAFETY: who sent the frame vouches for its buffers for as long as this queue lives.
-            unsafe { Cursor::new(&slot.pieces).read(&mut begun) };
-            begun.drain(..self.sent.min(begun.len()));
-        }
+        let begun = if self.sent > 0 { self.rest() } else { mem::take(&mut self.begun) };
         Middle { inbound, begun }
     }
 }

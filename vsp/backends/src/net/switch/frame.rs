@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use super::vlan::{PortVlan, Tci};
+use super::MAX_PORTS;
+use super::vlan::{Inner, PortVlan, Tci};
 use crate::net::offload::{Checksum, Segments};
 use crate::net::pieces::Cursor;
 use crate::net::{Dropped, ETHERNET_HEADER, Frame, MAX_FRAME, MacAddr, Offload};
@@ -16,6 +17,9 @@ const ADDRESSES: usize = 12;
 /// Bytes of a tag, and its type (IEEE 802.1Q).
 const TAG: usize = 4;
 const TAG_TYPE: [u8; 2] = [0x81, 0x00];
+/// The types of tags that a provider puts in front: those of service VLANs (802.1Q), and what was used
+/// before there were any. They mean nothing to a switch of customers, but to others outside.
+const FOREIGN_TYPES: [[u8; 2]; 2] = [[0x88, 0xa8], [0x91, 0x00]];
 
 /// Bytes of the buffers most frames fit in.
 const SHORT: usize = 2048;
@@ -28,10 +32,18 @@ const LONGS: usize = 256;
 /// receiver that keeps many does not slow the frames of others down.
 const LOOKS: usize = 16;
 
+/// How many times as many buffers as are left to all a port may hold.
+const SHARE: usize = 4;
+
+/// Which part of the buffers is kept for ports that hold few, in even shares.
+const KEPT: usize = 4;
+
 /// A frame in the switch, without a tag.
 pub(super) struct Stored {
     bytes: Box<[u8]>,
     len: usize,
+    /// Which tags it has all the same.
+    pub(super) inner: Inner,
     /// Where it belongs, and with which priority.
     pub(super) tci: Tci,
     /// What is left to do to it; places are those in the frame without a tag.
@@ -41,7 +53,7 @@ pub(super) struct Stored {
 impl Stored {
     fn new(size: usize) -> Self {
         let bytes = vec![0; size].into_boxed_slice();
-        Self { bytes, len: 0, tci: Tci::default(), offload: Offload::NONE }
+        Self { bytes, len: 0, inner: Inner::None, tci: Tci::default(), offload: Offload::NONE }
     }
 
     /// The frame.
@@ -57,6 +69,13 @@ pub(super) struct Header {
     pub(super) source: MacAddr,
     /// Its tag, if it has one.
     tag: Option<Tci>,
+    inner: Inner,
+    /// All its tags in front of the packet, of two at most, in bytes.
+    tags: usize,
+}
+
+fn is_tag(kind: [u8; 2]) -> bool {
+    kind == TAG_TYPE || FOREIGN_TYPES.contains(&kind)
 }
 
 impl Header {
@@ -64,14 +83,20 @@ impl Header {
     fn parse(start: &[u8; ETHERNET_HEADER + TAG], len: usize) -> Option<Self> {
         let (destination, rest) = start.split_first_chunk()?;
         let (source, rest) = rest.split_first_chunk()?;
-        let tag = match rest {
-            [a, b, c, d, ..] if [*a, *b] == TAG_TYPE && len >= start.len() => {
-                Some(Tci(u16::from_be_bytes([*c, *d])))
-            }
-            [a, b, ..] if [*a, *b] == TAG_TYPE => return None,
-            _ => None,
+        let (kind, rest) = rest.split_first_chunk::<2>()?;
+        let (tci, rest) = rest.split_first_chunk::<2>()?;
+        let whole = len >= start.len();
+        let second = whole && is_tag(*kind) && is_tag(*rest.first_chunk()?);
+        let (tag, inner) = match *kind {
+            TAG_TYPE if !whole => return None,
+            TAG_TYPE if second => (Some(Tci(u16::from_be_bytes(*tci))), Inner::Behind),
+            TAG_TYPE => (Some(Tci(u16::from_be_bytes(*tci))), Inner::None),
+            kind if is_tag(kind) => (None, Inner::Foreign),
+            _ => (None, Inner::None),
         };
-        Some(Self { destination: MacAddr(*destination), source: MacAddr(*source), tag })
+        let tags = (usize::from(is_tag(*kind)) + usize::from(second)) * TAG;
+        let (destination, source) = (MacAddr(*destination), MacAddr(*source));
+        Some(Self { destination, source, tag, inner, tags })
     }
 
     /// Whether a switch may pass it on: no frame comes from several stations, and those to the
@@ -99,7 +124,8 @@ fn moved(offload: Offload, by: i32) -> Option<Offload> {
     Some(Offload { checksum, segments: offload.segments.map(shift_hint) })
 }
 
-/// The buffers of one sending queue. Those that receivers still hold are passed over.
+/// The buffers of one sending queue. Those that receivers still hold are passed over, and what one
+/// port may hold of them is bounded, so that those who keep frames do not keep others from theirs.
 pub(super) struct Pool {
     shorts: Ring,
     longs: Ring,
@@ -109,7 +135,19 @@ pub(super) struct Pool {
 
 struct Ring {
     frames: Vec<Arc<Stored>>,
+    /// For each of them the ports that may still hold it, a bit each. Nobody tells when one no longer
+    /// does: that is found out when the buffer is used again, or a port seems to hold too many.
+    holders: Vec<u64>,
+    /// How many buffers each port may hold, and how many are held by any.
+    held: [u16; MAX_PORTS],
+    used: usize,
+    /// Buffers that each port is sure of.
+    sure: usize,
+    /// Those that are kept for that.
+    kept: usize,
     next: usize,
+    /// The one that was taken last.
+    last: usize,
     /// None was free in this batch.
     exhausted: bool,
     /// Of a buffer, in bytes.
@@ -118,7 +156,27 @@ struct Ring {
 
 impl Ring {
     fn new(count: usize, size: usize) -> Self {
-        Self { frames: Vec::with_capacity(count), next: 0, exhausted: false, size }
+        let mut ring = Self {
+            frames: Vec::with_capacity(count),
+            holders: Vec::with_capacity(count),
+            held: [0; _],
+            used: 0,
+            sure: 0,
+            kept: 0,
+            next: 0,
+            last: 0,
+            exhausted: false,
+            size,
+        };
+        ring.share(1);
+        ring
+    }
+
+    /// The buffers are for so many ports.
+    fn share(&mut self, ports: usize) {
+        let ports = ports.max(1);
+        self.sure = (self.frames.capacity() / KEPT / ports).max(1);
+        self.kept = self.sure * ports;
     }
 
     /// Whether nobody else holds a buffer. A look only: it leaves the cache line to who does.
@@ -138,6 +196,7 @@ impl Ring {
             Some(at) => at,
             None if count < self.frames.capacity() => {
                 self.frames.push(Arc::new(Stored::new(self.size)));
+                self.holders.push(0);
                 count
             }
             None => match tried.find(|at| self.is_free(*at)) {
@@ -148,8 +207,60 @@ impl Ring {
                 }
             },
         };
+        self.release(at);
         self.next = at + 1;
+        self.last = at;
         self.frames.get_mut(at)
+    }
+
+    /// Nobody holds a buffer any more.
+    fn release(&mut self, at: usize) {
+        let Some(holders) = self.holders.get_mut(at) else { return };
+        let mut left = std::mem::take(holders);
+        self.used -= usize::from(left != 0);
+        while left != 0 {
+            if let Some(held) = self.held.get_mut(left.trailing_zeros() as usize) {
+                *held -= 1;
+            }
+            left &= left - 1;
+        }
+    }
+
+    /// Whether a port may have the buffer that was taken last. If it seems not to, what is known of all
+    /// is brought up to date; who asks does so once in a batch.
+    fn admits(&mut self, port: u8) -> bool {
+        if self.has_share(port) {
+            return true;
+        }
+        for at in 0..self.holders.len() {
+            let held = self.holders.get(at).is_some_and(|holders| *holders != 0);
+            if held && at != self.last && self.is_free(at) {
+                self.release(at);
+            }
+        }
+        self.has_share(port)
+    }
+
+    /// By what is known: a port is sure of some buffers. Beyond that it may hold some times as many as
+    /// are left to all, so that there are always some left, however many ports keep theirs.
+    fn has_share(&self, port: u8) -> bool {
+        let held = self.held.get(usize::from(port)).copied().map_or(usize::MAX, usize::from);
+        let left = (self.frames.capacity() - self.used).saturating_sub(self.kept);
+        held < self.sure || held < SHARE * left
+    }
+
+    /// A port has the buffer that was taken last.
+    fn hold(&mut self, port: u8) {
+        let (Some(holders), Some(held)) =
+            (self.holders.get_mut(self.last), self.held.get_mut(usize::from(port)))
+        else {
+            return;
+        };
+        if *holders >> port & 1 == 0 {
+            self.used += usize::from(*holders == 0);
+            *holders |= 1 << port;
+            *held += 1;
+        }
     }
 
     /// Goes back to the first buffers, which are still in the processor's cache, if all are free, as
@@ -170,10 +281,36 @@ impl Pool {
         Self { shorts, longs, last_is_long: false }
     }
 
+    fn last_ring(&mut self) -> &mut Ring {
+        if self.last_is_long { &mut self.longs } else { &mut self.shorts }
+    }
+
+    /// The buffers are for so many ports.
+    pub(super) fn share(&mut self, ports: usize) {
+        self.shorts.share(ports);
+        self.longs.share(ports);
+    }
+
+    /// The frame that was stored last.
+    pub(super) fn last(&self) -> Option<&Arc<Stored>> {
+        let ring = if self.last_is_long { &self.longs } else { &self.shorts };
+        ring.frames.get(ring.last)
+    }
+
+    /// Whether a port may have it.
+    pub(super) fn admits(&mut self, port: u8) -> bool {
+        self.last_ring().admits(port)
+    }
+
+    /// A port has it.
+    pub(super) fn hold(&mut self, port: u8) {
+        self.last_ring().hold(port);
+    }
+
     /// Nobody had room for the frame that was stored last: its buffer is the next. Without that, the
     /// way to it would lead over all that are held.
     pub(super) fn take_back(&mut self) {
-        let ring = if self.last_is_long { &mut self.longs } else { &mut self.shorts };
+        let ring = self.last_ring();
         ring.next = ring.next.saturating_sub(1);
     }
 
@@ -184,7 +321,7 @@ impl Pool {
     }
 
     /// Takes a frame in: reads it once out of its buffers and decides where it belongs. `longest`
-    /// is the longest, in bytes, that need not be cut.
+    /// is the longest without tags, in bytes, that need not be cut.
     ///
     /// # Safety
     /// The frame's buffers must be readable memory.
@@ -193,7 +330,7 @@ impl Pool {
         frame: &Frame<'_>,
         vlan: &PortVlan,
         longest: usize,
-    ) -> Result<(Header, &Arc<Stored>), Dropped> {
+    ) -> Result<(Header, Tci), Dropped> {
         frame.check()?;
         let len = frame.len as usize;
         let mut start = [0; ETHERNET_HEADER + TAG];
@@ -205,7 +342,10 @@ impl Pool {
         if !header.is_forwarded() {
             return Err(Dropped::Refused);
         }
-        let tci = vlan.classify(header.tag).ok_or(Dropped::Refused)?;
+        let tci = vlan.classify(header.tag, header.inner).ok_or(Dropped::Refused)?;
+        if frame.len as usize > longest + header.tags && frame.offload.segments.is_none() {
+            return Err(Dropped::Refused);
+        }
         // What is kept of the start, and how much of the frame is behind it.
         let (mut kept, mut kept_len, mut offload) = (start, begin_len(len), frame.offload);
         if header.tag.is_some() {
@@ -217,12 +357,8 @@ impl Pool {
         if !offload.fits(len) {
             return Err(Dropped::Malformed);
         }
-        if len > longest && offload.segments.is_none() {
-            return Err(Dropped::Refused);
-        }
         self.last_is_long = len > SHORT;
-        let ring = if self.last_is_long { &mut self.longs } else { &mut self.shorts };
-        let arc = ring.take().ok_or(Dropped::NoRoom)?;
+        let arc = self.last_ring().take().ok_or(Dropped::NoRoom)?;
         let stored = Arc::get_mut(arc).ok_or(Dropped::NoRoom)?;
         let bytes = stored.bytes.get_mut(..len).ok_or(Dropped::Malformed)?;
         let (to_start, to_rest) = bytes.split_at_mut_checked(kept_len).ok_or(Dropped::Malformed)?;
@@ -230,7 +366,8 @@ impl Pool {
         // SAFETY: the caller vouches for the buffers; the pool is no part of them.
         unsafe { from.read(to_rest) };
         (stored.len, stored.tci, stored.offload) = (len, tci, offload);
-        Ok((header, arc))
+        stored.inner = header.inner;
+        Ok((header, tci))
     }
 }
 

@@ -54,14 +54,10 @@ impl Touched {
         Self { inboxes: Vec::with_capacity(count), marks: vec![Mark::default(); count] }
     }
 
-    /// Leaves a frame in a port's inbox: always the same one for a flow.
-    fn deliver(
-        &mut self,
-        table: &Table,
-        entry: &Entry,
-        frame: &Arc<Stored>,
-    ) -> Result<(), Dropped> {
+    /// Leaves the pool's last frame in a port's inbox: always the same one for a flow.
+    fn deliver(&mut self, table: &Table, entry: &Entry, pool: &mut Pool) -> Result<(), Dropped> {
         let inboxes = table.inboxes(entry);
+        let (Some(frame), port) = (pool.last(), entry.port.number) else { return Ok(()) };
         let chosen = match inboxes.len() {
             // Nobody listens.
             0 => return Ok(()),
@@ -76,10 +72,14 @@ impl Touched {
             mark.touched = true;
             self.inboxes.push(index);
         }
-        if mark.full > 0 || inbox.frames.push(Arc::clone(frame)).is_err() {
+        let left = mark.full == 0
+            && pool.admits(port)
+            && pool.last().is_some_and(|frame| inbox.frames.push(Arc::clone(frame)).is_ok());
+        if !left {
             mark.full = mark.full.saturating_add(1);
             return Err(Dropped::NoRoom);
         }
+        pool.hold(port);
         mark.left = true;
         Ok(())
     }
@@ -151,6 +151,7 @@ impl PortQueue {
         self.touched.wake(&self.table);
         self.table = self.switch.table();
         self.touched = Touched::of(&self.table);
+        self.pool.share(self.table.ports.iter().flatten().count());
     }
 
     /// Takes a frame in and hands it to those it is for. Some may have no room for it.
@@ -164,8 +165,8 @@ impl PortQueue {
         let Self { port: own, pool, table, touched, switch, now, .. } = self;
         // SAFETY: the caller vouches for the buffers.
         let stored = unsafe { pool.store(frame, &own.options.vlan, switch.longest()) };
-        let (header, frame) = stored?;
-        let vlan = frame.tci.vlan();
+        let (header, tci) = stored?;
+        let vlan = tci.vlan();
         if header.source.is_station() {
             switch.addresses.learn(vlan, header.source, own.number, *now);
         }
@@ -183,7 +184,7 @@ impl PortQueue {
         if let Some(entry) = known.and_then(|number| table.entry(number.into())) {
             // One that is not to have it, or has sent it, leaves it at that.
             let delivered = match Some(entry).filter(takes) {
-                Some(entry) => touched.deliver(table, entry, frame),
+                Some(entry) => touched.deliver(table, entry, pool),
                 None => Ok(()),
             };
             if delivered.is_err() {
@@ -193,7 +194,7 @@ impl PortQueue {
         }
         let (mut reached, mut full) = (0u32, 0u32);
         for entry in table.ports.iter().flatten().filter(takes) {
-            match touched.deliver(table, entry, frame) {
+            match touched.deliver(table, entry, pool) {
                 Ok(()) => reached += 1,
                 Err(_) => full += 1,
             }
@@ -218,6 +219,10 @@ impl PortQueue {
     fn start(&mut self) -> Option<(Arc<Stored>, Segmenter)> {
         loop {
             let frame = self.inbox().frames.pop()?;
+            if self.port.options.vlan.tag(frame.tci, frame.inner).is_none() {
+                self.counters.receive_drops += 1;
+                continue;
+            }
             let whole = self.port.takes().contains(frame.offload.needs());
             let offload = if whole { &Offload::NONE } else { &frame.offload };
             match Segmenter::new(frame.bytes(), offload) {
@@ -234,7 +239,7 @@ impl PortQueue {
         mut segmenter: Segmenter,
         done: &mut Completions,
     ) -> Option<(Arc<Stored>, Segmenter)> {
-        let tag = self.port.options.vlan.tag(frame.tci);
+        let tag = self.port.options.vlan.tag(frame.tci, frame.inner).flatten();
         loop {
             let Some(offer) = self.offers.front() else { return Some((frame, segmenter)) };
             let segment = segmenter.next(frame.bytes())?;

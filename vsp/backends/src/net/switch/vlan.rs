@@ -77,16 +77,36 @@ impl Tci {
     }
 }
 
+/// Tags that a frame has besides the one that says where it belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Inner {
+    /// None.
+    None,
+    /// One behind it.
+    Behind,
+    /// A provider's, in its place.
+    Foreign,
+}
+
 const fn is_vlan(vlan: u16) -> bool {
     vlan != 0 && vlan < 0xfff
 }
 
 impl PortVlan {
-    /// Where a frame belongs that came into the switch by this port, with that tag or none; `None`
-    /// if the port does not take it.
-    pub(super) fn classify(&self, tag: Option<Tci>) -> Option<Tci> {
+    /// Where a frame belongs that came into the switch by this port, with that tag or none, and with
+    /// others besides; `None` if the port does not take it.
+    ///
+    /// A tag that says nothing of a VLAN has no other behind it: taken off, it would leave that one in
+    /// its place, for a VLAN that the port may have no part in. A provider's tag does the same to those
+    /// outside, and so passes only where all VLANs do.
+    pub(super) fn classify(&self, tag: Option<Tci>, inner: Inner) -> Option<Tci> {
         let tci = tag.unwrap_or_default();
         let untagged = tci.vlan() == 0;
+        match inner {
+            Inner::Behind if untagged => return None,
+            Inner::Foreign if !self.is_open() => return None,
+            _ => {}
+        }
         let vlan = match self {
             Self::Access(vlan) => untagged.then_some(*vlan),
             Self::Trunk { native, .. } if untagged => *native,
@@ -103,11 +123,21 @@ impl PortVlan {
         }
     }
 
-    /// The tag with which a frame leaves, if any.
-    pub(super) fn tag(&self, tci: Tci) -> Option<Tci> {
+    /// Whether all VLANs pass.
+    fn is_open(&self) -> bool {
+        matches!(self, Self::Trunk { allowed, .. } if allowed.0.iter().all(|word| *word == u64::MAX))
+    }
+
+    /// The tag with which a frame leaves, if any; outside of that, `None` if it does not. Where frames
+    /// have no tag, none has two; and one in a trunk's native VLAN keeps its tag if there is another
+    /// behind it.
+    pub(super) fn tag(&self, tci: Tci, inner: Inner) -> Option<Option<Tci>> {
         match self {
-            Self::Access(_) => None,
-            Self::Trunk { native, .. } => (*native != Some(tci.vlan())).then_some(tci),
+            Self::Access(_) => (inner == Inner::None).then_some(None),
+            Self::Trunk { native, .. } => {
+                let bare = *native == Some(tci.vlan()) && inner != Inner::Behind;
+                Some((!bare).then_some(tci))
+            }
         }
     }
 }
@@ -119,27 +149,49 @@ mod tests {
     #[test]
     fn access_ports_know_no_tags() {
         let port = PortVlan::Access(7);
-        assert_eq!(port.classify(None), Some(Tci(7)));
-        assert_eq!(port.classify(Some(Tci(0xa000))), Some(Tci(0xa007)));
-        assert_eq!(port.classify(Some(Tci(7))), None);
+        assert_eq!(port.classify(None, Inner::None), Some(Tci(7)));
+        assert_eq!(port.classify(Some(Tci(0xa000)), Inner::None), Some(Tci(0xa007)));
+        assert_eq!(port.classify(Some(Tci(7)), Inner::None), None);
         assert!(port.takes(7) && !port.takes(8));
-        assert_eq!(port.tag(Tci(0xa007)), None);
+        assert_eq!(port.tag(Tci(0xa007), Inner::None), Some(None));
     }
 
     #[test]
     fn trunks_keep_tags() {
         let allowed = [5, 6, 4095, 60_000].into_iter().collect();
         let port = PortVlan::Trunk { native: Some(9), allowed };
-        assert_eq!(port.classify(None), Some(Tci(9)));
-        assert_eq!(port.classify(Some(Tci(0x2005))), Some(Tci(0x2005)));
-        assert_eq!(port.classify(Some(Tci(7))), None);
-        assert_eq!(port.classify(Some(Tci(4095))), None);
+        assert_eq!(port.classify(None, Inner::None), Some(Tci(9)));
+        assert_eq!(port.classify(Some(Tci(0x2005)), Inner::None), Some(Tci(0x2005)));
+        assert_eq!(port.classify(Some(Tci(7)), Inner::None), None);
+        assert_eq!(port.classify(Some(Tci(4095)), Inner::None), None);
         assert!(port.takes(9) && port.takes(5) && !port.takes(7));
-        assert_eq!(port.tag(Tci(0x2005)), Some(Tci(0x2005)));
-        assert_eq!(port.tag(Tci(9)), None);
+        assert_eq!(port.tag(Tci(0x2005), Inner::None), Some(Some(Tci(0x2005))));
+        assert_eq!(port.tag(Tci(9), Inner::None), Some(None));
         let strict = PortVlan::Trunk { native: None, allowed: VlanSet::all() };
-        assert_eq!(strict.classify(None), None);
-        assert_eq!(strict.classify(Some(Tci(4095))), None);
-        assert_eq!(PortVlan::default().classify(Some(Tci(33))), Some(Tci(33)));
+        assert_eq!(strict.classify(None, Inner::None), None);
+        assert_eq!(strict.classify(Some(Tci(4095)), Inner::None), None);
+        assert_eq!(PortVlan::default().classify(Some(Tci(33)), Inner::None), Some(Tci(33)));
+    }
+
+    #[test]
+    fn no_tag_takes_another_ones_place() {
+        let access = PortVlan::Access(7);
+        let some: VlanSet = [5, 6].into_iter().collect();
+        let trunk = PortVlan::Trunk { native: Some(9), allowed: some };
+        let open = PortVlan::default();
+        // Behind a priority tag nothing is taken.
+        for port in [&access, &trunk, &open] {
+            assert_eq!(port.classify(Some(Tci(0xe000)), Inner::Behind), None);
+        }
+        assert_eq!(trunk.classify(Some(Tci(5)), Inner::Behind), Some(Tci(5)));
+        assert_eq!(access.classify(Some(Tci(7)), Inner::Behind), None);
+        // A provider's tag is no way around a port's VLANs.
+        let foreign = |port: &PortVlan| port.classify(None, Inner::Foreign);
+        assert_eq!((foreign(&access), foreign(&trunk), foreign(&open)), (None, None, Some(Tci(1))));
+        // One that leaves keeps the tag that is in front of another.
+        assert_eq!(trunk.tag(Tci(9), Inner::Behind), Some(Some(Tci(9))));
+        assert_eq!(open.tag(Tci(1), Inner::Foreign), Some(None));
+        assert_eq!(access.tag(Tci(7), Inner::Behind), None);
+        assert_eq!(access.tag(Tci(7), Inner::Foreign), None);
     }
 }
