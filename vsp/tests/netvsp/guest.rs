@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backends::net::MacAddr;
 use backends::net::loopback::Loopback;
+use backends::net::{MacAddr, Network};
 use hypervisor::{Gpa, Gpn};
 use vmbus::nvsp::{
     Capabilities, ChannelType, Init, InitComplete, Message, MessageKind, NdisConfig, Outgoing,
@@ -66,7 +66,16 @@ pub struct Received {
 impl Guest {
     /// Opens a NIC's channel, shakes hands as Linux does, and brings the interface up.
     pub fn new() -> Self {
-        let mut guest = Self::unshaken();
+        Self::unshaken().up()
+    }
+
+    /// As [`Self::new`], with a NIC that is plugged into this.
+    pub fn plugged_into(network: Arc<dyn Network>) -> Self {
+        Self::on(Loopback::new(), network).up()
+    }
+
+    fn up(self) -> Self {
+        let mut guest = self;
         guest.shake_hands(Version::V6_1, Capabilities::IEEE_8021Q | Capabilities::RSC);
         guest.initialize();
         guest.set(Oid::CurrentPacketFilter, &0xDu32.to_le_bytes());
@@ -74,8 +83,12 @@ impl Guest {
     }
 
     pub fn unshaken() -> Self {
-        let (channel, end) = pair(16 * MIB);
         let cable = Loopback::new();
+        Self::on(cable.clone(), Arc::new(cable))
+    }
+
+    fn on(cable: Loopback, network: Arc<dyn Network>) -> Self {
+        let (channel, end) = pair(16 * MIB);
         let config = NicConfig {
             number: 0,
             address: MacAddr(ME),
@@ -83,7 +96,7 @@ impl Guest {
             channels: 2,
             name: "lan".into(),
         };
-        let mut nic = Nic::new(config, Arc::new(cable.clone()));
+        let mut nic = Nic::new(config, network);
         let counters = nic.counters();
         nic.open(channel).unwrap();
         let pages = |from: u64, count: u64| (from / 4096..from / 4096 + count).map(Gpn).collect();

@@ -3,8 +3,12 @@
 
 mod guest;
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
+use backends::net::stream::Stream;
 use vmbus::nvsp::{
     Capabilities, ChannelType, Init, InitComplete, Message, MessageKind, Outgoing,
     ReceiveBufferComplete, RevokeBuffer, RndisPacket, SendIndirectionTable, ShareBuffer, Status,
@@ -444,12 +448,37 @@ fn a_stop_is_heard_whenever_it_comes() {
     }
 }
 
-#[test]
-fn a_broken_ring_costs_the_channel() {
-    let mut guest = Guest::new();
+/// Breaks the first channel's ring, and waits until its worker has given up.
+fn break_ring(guest: &mut Guest) {
     // The write index, in the first ring's first page, outside of the ring.
     let ring = 16 * MIB - 64 * 4096;
     guest.put(ring, &0xffff_fff8u32.to_le_bytes());
     guest.end.doorbell.write(1).unwrap();
     assert!(guest.end.wait_closed(PATIENCE));
+}
+
+#[test]
+fn a_broken_ring_costs_the_channel() {
+    break_ring(&mut Guest::new());
+}
+
+/// As passt is: one socket for as long as the machine lives, whatever its guests do.
+#[test]
+fn a_broken_ring_leaves_the_network_to_the_next_worker() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+    let stream = Arc::new(Stream::new(ours, "test", 1500).unwrap());
+    let framed = |bytes: &[u8]| [&(bytes.len() as u32).to_be_bytes()[..], bytes].concat();
+    for round in 0..5 {
+        let mut guest = Guest::plugged_into(Arc::clone(&stream) as _);
+        let sent = frame(ME, 300, round);
+        theirs.write_all(&framed(&sent)).unwrap();
+        assert!(guest.frame().frame == sent, "round {round}");
+        let id = guest.send(None, &[&data(&[], &sent)]);
+        guest.succeeds(id);
+        let mut bytes = vec![0; 304];
+        theirs.read_exact(&mut bytes).unwrap();
+        assert!(bytes == framed(&sent), "round {round}");
+        break_ring(&mut guest);
+    }
 }
