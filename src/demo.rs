@@ -7,7 +7,6 @@
 mod report;
 
 use std::fs::File;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -19,7 +18,7 @@ use backends::block::Disk;
 use backends::file::{FileDisk, OpenOptions};
 use backends::paths;
 use clap::Args;
-use emulators::{E1000Counters, IdeCounters, IdeDisks};
+use emulators::{Cable, E1000Counters, IdeCounters, IdeDisks};
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{ExitCounters, StopReason};
 use vmbus_server::Host;
@@ -158,7 +157,7 @@ fn boot_in(
         irqchip: IrqchipOption::Kernel,
     };
     let lines = Lines::default();
-    let mut machine = Machine::new(&config, || Ok(Box::new(lines.clone())))?;
+    let mut machine = Machine::new(&config, |_| Ok(Arc::new(lines.clone())))?;
     let kind = machine.kind().clone();
     let mut controller = ControllerBuilder::new(0);
     controller.attach(Some(0), vmbus_path)?;
@@ -192,7 +191,6 @@ fn boot_in(
     drop(ended);
     let _ = watchdog.join();
     let status = machine.exit_status();
-    // With it goes the serial port, which writes what it still has.
     drop(machine);
     match reason {
         StopReason::PowerOff => {}
@@ -286,8 +284,8 @@ impl Lines {
     }
 }
 
-impl Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+impl Cable for Lines {
+    fn send(&self, bytes: &[u8]) {
         let mut text = self.0.text.lock().unwrap_or_else(PoisonError::into_inner);
         for &byte in bytes {
             text.bytes += 1;
@@ -307,11 +305,10 @@ impl Write for Lines {
                 text.lines.push(Stamped { text: line, after, costs });
             }
         }
-        Ok(bytes.len())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn receive(&self, _: &mut [u8]) -> usize {
+        0
     }
 }
 

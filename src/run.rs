@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -21,6 +20,8 @@ use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
 use vsp::storvsp::{Controller, ControllerBuilder};
 
+use crate::console::{self, Console};
+use crate::log::say;
 use crate::machine::{Guest, Machine, MachineConfig};
 use crate::network::{self, Plugged};
 use crate::options::nic::NicOption;
@@ -28,8 +29,8 @@ use crate::options::switch::SwitchOption;
 use crate::options::{
     Attach, DiskOption, IrqchipOption, PartitionOption, SerialOption, Size, SynicOption,
 };
+use crate::outlet::Outlet;
 use crate::statistics::{NicStatistics, Statistics};
-use crate::terminal::Console;
 
 /// A guest's first machine and its restarts.
 #[derive(Debug, Args)]
@@ -179,6 +180,9 @@ impl Run {
         if !memory.is_multiple_of(4096) {
             bail!("--memory: {memory} bytes is not a multiple of 4096");
         }
+        // From here on signals are heard, and end what has been made in an orderly way.
+        let console = Console::new()?;
+        console.waits_for("the disks and networks to open");
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
         let mut ide = ide_attachments(&disks)?;
@@ -208,21 +212,31 @@ impl Run {
             nics: networks.cables.iter().filter_map(Plugged::emulated).cloned().collect(),
             prefers_vmbus: ide.all_on_vmbus,
         };
-        let mut console = None;
-        let mut serial_file = None;
+        let mut output: Option<Outlet> = None;
+        let mut first = true;
         loop {
-            // The serial port's file is made when all else has worked.
-            let mut machine = Machine::new(&config, || serial(&self.serial, &mut serial_file))?;
-            if console.is_none() {
+            if console.end_wanted() {
+                bail!("stopped before the guest started");
+            }
+            console.waits_for("the machine to be made");
+            let mut machine = Machine::new(&config, |stop| {
+                // A file is made when all else has worked, once, and written on over restarts.
+                if output.is_none() {
+                    output = serial(&self.serial)?;
+                }
+                Ok(console.cable(output.clone(), stop))
+            })?;
+            if std::mem::take(&mut first) {
                 // A guest that measures itself does not know in what.
                 if builtin {
                     let kind = machine.kind();
                     let why = kind.without_kvm().map(|why| format!("; {why}")).unwrap_or_default();
-                    eprintln!("partita: the guest runs in {kind}{why}");
+                    say!("the guest runs in {kind}{why}");
                 }
-                console = Some(Console::new(self.serial == SerialOption::Stdio)?);
+                if self.serial == SerialOption::Stdio {
+                    console.listen_to_keyboard()?;
+                }
             }
-            let console = console.as_ref().expect("just made");
 
             let mut devices = controllers(&disks, &ide, config.vps)?;
             let mut emulated = machine.nic_counters().into_iter();
@@ -240,6 +254,7 @@ impl Run {
             let sink = host.sink();
             let switches = networks.switches.clone();
             let statistics = Arc::new(Statistics::new(&machine, host, nic_counters, switches));
+            console.waits_for("a processor, which waits for a device");
             console.attach(&machine, &statistics);
             let reason = machine.run(&sink);
             let status = machine.exit_status();
@@ -248,8 +263,14 @@ impl Run {
                 statistics.print();
             }
             // With them goes the bus: its channels are closed and their I/O has ended.
+            console.waits_for(format!("the host's I/O{}", names(&disks)));
             drop(statistics);
             drop(machine);
+            if let Some(output) = &output {
+                console.waits_for("the serial port's output to be read");
+                console.flush(output);
+            }
+            console.waits_for("the disks and networks to close");
             match reason {
                 StopReason::PowerOff => {
                     let status = status.unwrap_or(0);
@@ -257,6 +278,9 @@ impl Run {
                 }
                 StopReason::Reset | StopReason::TripleFault if builtin => {
                     bail!("the built-in guest broke down");
+                }
+                StopReason::Reset | StopReason::TripleFault if console.end_wanted() => {
+                    bail!("the guest restarted instead of powering off, and was not started again");
                 }
                 StopReason::Reset | StopReason::TripleFault => {}
                 StopReason::Stopped => bail!("stopped before the guest powered off"),
@@ -342,19 +366,22 @@ fn ide_attachments(disks: &[Attached]) -> anyhow::Result<IdeAttachments> {
     Ok(ide)
 }
 
-/// Where the serial port's output goes. A file is made once and written on over restarts.
-fn serial(option: &SerialOption, file: &mut Option<File>) -> anyhow::Result<Box<dyn Write + Send>> {
+/// Whose I/O it is, as far as it is known.
+fn names(disks: &[Attached]) -> String {
+    let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
+    if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) }
+}
+
+/// Where the serial port's output goes, if anywhere.
+fn serial(option: &SerialOption) -> anyhow::Result<Option<Outlet>> {
     Ok(match option {
-        SerialOption::Stdio => Box::new(io::stdout()),
-        SerialOption::Null => Box::new(io::sink()),
+        SerialOption::Stdio => Some(console::standard_output()?),
+        SerialOption::Null => None,
         SerialOption::File(path) => {
-            let file = match file {
-                Some(file) => file,
-                None => file.insert(File::create(path).with_context(|| {
-                    format!("cannot write the serial port's output to {}", path.display())
-                })?),
-            };
-            Box::new(file.try_clone()?)
+            let file = File::create(path).with_context(|| {
+                format!("cannot write the serial port's output to {}", path.display())
+            })?;
+            Some(console::output(file.into())?)
         }
     })
 }
