@@ -59,6 +59,10 @@ A switch joins the NICs of this machine that name it. With --switch it takes nam
 and uplink=tap:NAME to be joined to the host, or uplink=socket:PATH to be joined to the switches of
 other machines with the same PATH; and pcap=FILE for what passes the uplink.
 
+On a terminal every key goes to the guest, Ctrl-C too, but for those after Ctrl-A: Ctrl-A x ends the
+guest, Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A h lists the keys. SIGINT, SIGTERM and SIGHUP press the
+guest's power button; a second one stops it. SIGQUIT stops it at once, SIGUSR1 prints what was counted.
+
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N | nic=N]
   verify   [disk=N] [bytes=16M] [bs=64k] [depth=8] [seed=N] [vps=1]    overwrites the disk
@@ -103,7 +107,8 @@ pub struct Run {
     /// several times
     #[arg(long, value_name = "SWITCH")]
     switch: Vec<SwitchOption>,
-    /// Where the serial port leads: stdio, null or file:PATH
+    /// Where the serial port leads: stdio, where Ctrl-A x on a terminal ends the guest; null; or
+    /// file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOption,
     /// What the guest runs in: kvm; hosted, which is a process and takes --builtin only; or auto:

@@ -13,14 +13,6 @@ use std::time::Duration;
 /// Far longer than two starts take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Prints `r` on the first serial port, writes 6 to port 0xcf9, and turns in a circle.
-const CODE: [u8; 15] = [
-    0x66, 0xba, 0xf8, 0x03, 0xb0, b'r', 0xee, // mov dx, 0x3f8; mov al, 'r'; out dx, al
-    0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, // mov dx, 0xcf9; mov al, 6
-    0xee, // out dx, al
-    0xf4, // hlt
-];
-
 /// Ends with the test, however that ends.
 struct Run(Child);
 
@@ -54,7 +46,7 @@ fn the_reset_register_acts_at_once_with_and_without_pci() {
     }
     let folder = tempfile::tempdir().unwrap();
     let (kernel, disk) = (folder.path().join("kernel"), folder.path().join("disk.img"));
-    common::kernel(&CODE, &kernel);
+    common::kernel(common::RESETS, &kernel);
     std::fs::write(&disk, [0; 4096]).unwrap();
     starts_anew(&kernel, &[]);
     starts_anew(&kernel, &["--disk", &format!("path={},attach=ide", disk.display())]);

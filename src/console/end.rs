@@ -74,13 +74,11 @@ impl End {
                 self.press_at = Some(now);
             }
             (Stage::Wanted | Stage::Asked, _) => {
+                let insists = (self.stage, wish) == (Stage::Asked, Wish::Ask);
                 self.stage = Stage::Stopping { since: now };
                 self.stop = self.guest;
                 self.press_at = None;
-                let at = match wish {
-                    Wish::Ask => &mut self.exit_at,
-                    Wish::Stop => &mut self.say_at,
-                };
+                let at = if insists { &mut self.exit_at } else { &mut self.say_at };
                 *at = Some(now + GRACE);
             }
             (Stage::Stopping { since }, _) => {
@@ -249,9 +247,9 @@ mod tests {
             assert!(bench.end.is_stopping());
             bench.end.guest_comes();
             assert_eq!(bench.acts(), [Act::Stop]);
+            bench.end.guest_goes();
+            assert_eq!(bench.pass(GRACE), [Act::SayWaiting]);
+            assert_eq!(bench.wish(wish), [Act::Exit]);
         }
-        let mut bench = Bench::without_guest();
-        bench.wish(Wish::Ask);
-        assert_eq!(bench.pass(GRACE), [Act::Exit]);
     }
 }
