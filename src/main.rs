@@ -76,6 +76,8 @@ fn main() -> ExitCode {
         .with_writer(|| log::Writer)
         .without_time()
         .with_target(false)
+        // It would print them by itself, and panic where that fails.
+        .log_internal_errors(false)
         .init();
     // As with any message, nobody may be reading; and the terminal is to be usable whatever happens.
     std::panic::set_hook(Box::new(|panic| {

@@ -178,7 +178,7 @@ impl Short {
         let mark = format!("seed={}{number:03}", std::process::id());
         let mut command = Command::new(env!("CARGO_BIN_EXE_partita"));
         command.args(["run", "--memory", "64M"]);
-        if kvm && number % 2 == 0 {
+        if kvm && number.is_multiple_of(2) {
             common::kernel(&counts(300), &at("kernel"));
             command.arg("--kernel").arg(at("kernel"));
         } else {
@@ -186,10 +186,10 @@ impl Short {
             command.args(["--partition", "hosted", "--builtin", &work]);
         }
         command.arg("--disk").arg(format!("path={}", at("disk.img").display()));
-        if number % 3 == 0 {
+        if number.is_multiple_of(3) {
             command.arg("--serial").arg(format!("file:{}", at("serial").display()));
         }
-        let tap = (taps && number % 4 == 0)
+        let tap = (taps && number.is_multiple_of(4))
             .then(|| format!("pt{}x{number}", std::process::id() % 10_000));
         if let Some(tap) = &tap {
             command.arg("--nic").arg(format!("backend=tap:{tap}"));
