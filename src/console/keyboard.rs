@@ -128,7 +128,7 @@ mod tests {
         let all: Vec<u8> = (0..LIMIT * 3).map(|n| (n % 251) as u8).collect();
         thread::scope(|scope| {
             scope.spawn(|| all.chunks(200).for_each(|chunk| input.pour(chunk)));
-            let (mut came, mut room) = (Vec::new(), [0; 16]);
+            let (mut came, mut room) = (Vec::<u8>::new(), [0; 16]);
             while came.len() < all.len() {
                 let count = input.take(&mut room);
                 came.extend(&room[..count]);
