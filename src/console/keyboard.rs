@@ -70,10 +70,9 @@ pub fn run(input: &Input, pass: impl Fn(), act: impl Fn(Key)) {
     let mut background = false;
     loop {
         let mut descriptors = [PollFd::from_borrowed_fd(stdin(), PollFlags::IN)];
-        match poll(&mut descriptors, None) {
-            Err(Errno::INTR) => continue,
-            // Whatever cannot be polled is read.
-            _ => {}
+        // Whatever cannot be polled is read.
+        if poll(&mut descriptors, None) == Err(Errno::INTR) {
+            continue;
         }
         if escape.is_some() {
             if !terminal::is_ours() {
