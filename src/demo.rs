@@ -7,7 +7,8 @@
 mod report;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -19,9 +20,10 @@ use backends::block::Disk;
 use backends::file::{FileDisk, OpenOptions};
 use backends::paths;
 use clap::Args;
-use emulators::{E1000Counters, IdeCounters, IdeDisks};
+use emulators::{Cable, E1000Counters, IdeCounters, IdeDisks};
 use hypervisor::kvm::KernelCounters;
 use hypervisor::{ExitCounters, StopReason};
+use rustix::fs::OFlags;
 use vmbus_server::Host;
 use vsp::storvsp::ControllerBuilder;
 
@@ -89,9 +91,7 @@ impl Demo {
         let started = Instant::now();
         let scratch = Scratch::new(self.keep)?;
         let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(&scratch.path, &OpenOptions::default())?);
-        // From here on the file has no name: however the program ends, nothing is left behind.
-        let place = scratch.place();
-        let kept = scratch.let_go();
+        let (place, kept) = (scratch.place(), scratch.kept());
         let report = boot(&disk, self.partition, started)?;
         let text = if self.json {
             report.json(kept.as_deref()) + "\n"
@@ -158,7 +158,7 @@ fn boot_in(
         irqchip: IrqchipOption::Kernel,
     };
     let lines = Lines::default();
-    let mut machine = Machine::new(&config, || Ok(Box::new(lines.clone())))?;
+    let mut machine = Machine::new(&config, |_| Ok(Arc::new(lines.clone())))?;
     let kind = machine.kind().clone();
     let mut controller = ControllerBuilder::new(0);
     controller.attach(Some(0), vmbus_path)?;
@@ -192,7 +192,6 @@ fn boot_in(
     drop(ended);
     let _ = watchdog.join();
     let status = machine.exit_status();
-    // With it goes the serial port, which writes what it still has.
     drop(machine);
     match reason {
         StopReason::PowerOff => {}
@@ -286,8 +285,8 @@ impl Lines {
     }
 }
 
-impl Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+impl Cable for Lines {
+    fn send(&self, bytes: &[u8]) {
         let mut text = self.0.text.lock().unwrap_or_else(PoisonError::into_inner);
         for &byte in bytes {
             text.bytes += 1;
@@ -307,60 +306,74 @@ impl Write for Lines {
                 text.lines.push(Stamped { text: line, after, costs });
             }
         }
-        Ok(bytes.len())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn receive(&self, _: &mut [u8]) -> usize {
+        0
     }
 }
 
-/// The scratch disk: a sparse file, in memory where the host has a place for such files.
+/// The scratch disk: a sparse file, in memory where the host has a place for such files. It has a name
+/// only if it is to be kept, so that nothing is left of it however the program ends.
 struct Scratch {
+    /// Where it can be opened.
     path: PathBuf,
+    folder: PathBuf,
     keep: bool,
+    file: File,
 }
 
 impl Scratch {
     fn new(keep: bool) -> anyhow::Result<Self> {
-        let name = format!("partita-demo-{}.img", std::process::id());
-        let make = |folder: &Path| {
-            let path = folder.join(&name);
-            File::create_new(&path)
-                .with_context(|| format!("cannot make the scratch disk {}", path.display()))
-                .map(|file| (path, file))
-        };
         // What is to be kept is not to fill the host's memory.
-        let in_memory = (!keep).then(|| make(Path::new(MEMORY_FILES)).ok()).flatten();
-        let (path, file) = match in_memory {
-            Some(made) => made,
-            None => make(&std::env::temp_dir())?,
+        let in_memory = (!keep).then(|| Self::nameless(Path::new(MEMORY_FILES)).ok()).flatten();
+        let scratch = match in_memory {
+            Some(scratch) => scratch,
+            None if keep => Self::named(&std::env::temp_dir())?,
+            None => Self::nameless(&std::env::temp_dir())?,
         };
-        let scratch = Self { path, keep };
-        file.set_len(DISK).context("cannot give the scratch disk its size")?;
+        scratch.file.set_len(DISK).context("cannot give the scratch disk its size")?;
         Ok(scratch)
+    }
+
+    fn nameless(folder: &Path) -> anyhow::Result<Self> {
+        let nameless = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlags::TMPFILE.bits().cast_signed())
+            .open(folder);
+        let file = match nameless {
+            Ok(file) => file,
+            // Not every file system can.
+            Err(_) => {
+                let named = Self::named(folder)?;
+                let _ = std::fs::remove_file(&named.path);
+                named.file
+            }
+        };
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        Ok(Self { path, folder: folder.to_owned(), keep: false, file })
+    }
+
+    fn named(folder: &Path) -> anyhow::Result<Self> {
+        let path = folder.join(format!("partita-demo-{}.img", std::process::id()));
+        let file = File::create_new(&path)
+            .with_context(|| format!("cannot make the scratch disk {}", path.display()))?;
+        Ok(Self { path, folder: folder.to_owned(), keep: true, file })
     }
 
     /// In words, what kind of file it is.
     fn place(&self) -> String {
-        let folder = self.path.parent().unwrap_or(&self.path).display();
-        if self.path.starts_with(MEMORY_FILES) {
+        let folder = self.folder.display();
+        if self.folder.starts_with(MEMORY_FILES) {
             format!("a file in memory ({folder})")
         } else {
             format!("a file in {folder}")
         }
     }
 
-    /// Removes the file, which those who have it open still have, unless it is to be kept.
-    fn let_go(mut self) -> Option<PathBuf> {
-        self.keep.then(|| std::mem::take(&mut self.path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if !self.keep {
-            let _ = std::fs::remove_file(&self.path);
-        }
+    /// Where it is, if it is kept.
+    fn kept(&self) -> Option<PathBuf> {
+        self.keep.then(|| self.path.clone())
     }
 }

@@ -3,16 +3,15 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
 use emulators::pci::{self, ConfigPorts, IoWindow, MemoryWindow, SharedLine, chipset};
 use emulators::{
-    ApmPorts, DebugPort, E1000, E1000Config, E1000Counters, I8042, Ide, IdeCounters, IdeDisks,
-    IdePlace, InterruptChips, Nothing, Pit, PmBlock, ResetRegister, Rtc, SmBus, SystemControl,
-    Uart,
+    ApmPorts, Cable, DebugPort, E1000, E1000Config, E1000Counters, I8042, Ide, IdeCounters,
+    IdeDisks, IdePlace, InterruptChips, Nothing, Pit, PmBlock, ResetRegister, Rtc, SmBus,
+    SystemControl, Uart,
 };
 use hypervisor::hosted::HostedPartition;
 use hypervisor::kvm::{self, HyperV, Irqchip, KernelCounters, KvmPartition, PartitionConfig};
@@ -280,11 +279,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts the machine together and loads its kernel. Serial output goes to what `serial` makes,
-    /// which it does not do before all that can be wrong with the guest's files has been found.
+    /// Puts the machine together and loads its kernel. The serial port is at the end of the cable
+    /// that `serial` makes for a machine which this handle stops; it does not do so before all that can be wrong with the guest's files has been found.
     pub fn new(
         config: &MachineConfig,
-        serial: impl FnOnce() -> anyhow::Result<Box<dyn Write + Send>>,
+        serial: impl FnOnce(StopHandle) -> anyhow::Result<Arc<dyn Cable>>,
     ) -> anyhow::Result<Self> {
         let Loaded { partition, kind, kernel_counters, chips } = Loaded::new(config)?;
         let stop = partition.stop_handle();
@@ -297,8 +296,7 @@ impl Machine {
             ports.add("PIT gate", Pit::GATE_PORT.into(), 1, pit.gate())?;
         }
         let com1 = partition.interrupt_line(Uart::COM1_IRQ.into())?;
-        let uart = Uart::new(com1, serial()?).context("cannot start the serial port")?;
-        let uart = Arc::new(uart);
+        let uart = Arc::new(Uart::new(com1, serial(stop.clone())?));
         ports.add("COM1", Uart::COM1.into(), Uart::PORTS.into(), Arc::clone(&uart) as _)?;
 
         let sci = partition.interrupt_line(PmBlock::SCI.into())?;

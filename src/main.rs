@@ -9,27 +9,35 @@
 mod advice;
 mod boot;
 mod builtin;
+mod console;
 mod demo;
 mod doctor;
 mod hosted;
 mod limits;
+mod log;
 mod machine;
 mod network;
 mod options;
+mod outlet;
 mod panics;
 mod resize;
 mod restart;
 mod run;
 mod statistics;
-mod terminal;
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use log::say;
 use tracing_subscriber::EnvFilter;
+
+/// How long the end waits for its last messages to be written, if somebody reads them at all.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Runs guests on KVM with the device model of a Hyper-V host.
 #[derive(Debug, Parser)]
@@ -70,16 +78,29 @@ fn main() -> ExitCode {
     let level = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(level)
-        .with_writer(io::stderr)
+        .with_writer(|| log::Writer)
         .without_time()
         .with_target(false)
+        // It would print them by itself, and panic where that fails.
+        .log_internal_errors(false)
         .init();
+    // As with any message, nobody may be reading; and the terminal is to be usable whatever happens.
+    std::panic::set_hook(Box::new(|panic| {
+        console::restore_terminal();
+        let trace = Backtrace::capture();
+        match trace.status() {
+            BacktraceStatus::Captured => say!("{panic}\n{trace}"),
+            _ => say!("{panic}"),
+        }
+        log::flush(LAST_WORDS);
+    }));
     panics::listen();
     // A guest of a hosted partition has no files, and gives up all that a signal's handler takes.
     if !matches!(cli.command, Command::HostedGuest { .. })
         && let Err(error) = limits::outlive_file_size_limit()
     {
-        eprintln!("partita: {error:#}");
+        say!("{error:#}");
+        log::flush(LAST_WORDS);
         return ExitCode::FAILURE;
     }
     let ended = match cli.command {
@@ -88,10 +109,12 @@ fn main() -> ExitCode {
         Command::HostedGuest { work } => hosted::run(&work).map(|()| ExitCode::FAILURE),
         Command::Doctor => doctor::run(),
     };
-    ended.unwrap_or_else(|error| {
-        eprintln!("partita: {}", advice::line(&error));
+    let status = ended.unwrap_or_else(|error| {
+        say!("{}", advice::line(&error));
         ExitCode::FAILURE
-    })
+    });
+    log::flush(LAST_WORDS);
+    status
 }
 
 /// Prints to standard output, which may be full or closed.
@@ -120,9 +143,8 @@ fn refuse(error: &clap::Error) -> ExitCode {
                 text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
             let what = what.join(" ");
             let what = what.strip_prefix("error: ").unwrap_or(&what);
-            eprintln!(
-                "partita: {what}; 'partita --help' and 'partita run --help' list the options"
-            );
+            say!("{what}; 'partita --help' and 'partita run --help' list the options");
+            log::flush(LAST_WORDS);
             ExitCode::FAILURE
         }
     }

@@ -4,12 +4,11 @@
 //! otherwise do so for ever and take a processor for it. So each restart is told in a line, and those
 //! of a guest that does not live for long wait longer and longer.
 
-use std::io::{self, Write};
 use std::process::ExitCode;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::terminal::Console;
+use crate::console::Console;
+use crate::log::say;
 
 /// The program's status if a guest's reset ends it: neither the success of a guest that switched
 /// itself off nor an error of this program. A kernel that panics with `panic=-1` ends so.
@@ -23,9 +22,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
 /// The longest.
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-
-/// How often the wish to end is asked for during a pause.
-const STEP: Duration = Duration::from_millis(20);
 
 /// How a guest came to its reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +64,7 @@ impl Restarts {
 
     /// Says that the guest starts again, and waits until it may. False if the user wants the end.
     pub fn wait(&mut self, cause: Cause, lived: Duration, console: &Console) -> bool {
-        if console.wants_end() {
+        if console.end_wanted() {
             return false;
         }
         let pause = self.pause(lived);
@@ -76,39 +72,20 @@ impl Restarts {
             Duration::ZERO => String::new(),
             pause => format!(" in {} s", pause.as_secs_f64()),
         };
-        say(&format!(
+        say!(
             "{} after {:.1} s; restart {}{when}",
             cause.describe(),
             lived.as_secs_f64(),
             self.count
-        ));
-        !ends_within(pause, console)
+        );
+        !console.wait_for_end(pause)
     }
 }
 
 /// Says why a reset is the end, and with which status.
 pub fn end(cause: Cause) -> ExitCode {
-    say(&format!("{}; --on-reset exit ends the run", cause.describe()));
+    say!("{}; --on-reset exit ends the run", cause.describe());
     RESET_STATUS.into()
-}
-
-/// Whether somebody wants the end before so much time is over.
-fn ends_within(time: Duration, console: &Console) -> bool {
-    let until = Instant::now() + time;
-    loop {
-        if console.wants_end() {
-            return true;
-        }
-        match until.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => return false,
-            left => thread::sleep(left.min(STEP)),
-        }
-    }
-}
-
-/// A line that does not matter to the run, should nobody be able to read it.
-fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "partita: {line}");
 }
 
 #[cfg(test)]

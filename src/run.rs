@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,7 +21,9 @@ use hypervisor::StopReason;
 use vmbus_server::{Device, Host};
 use vsp::storvsp::{Controller, ControllerBuilder};
 
+use crate::console::{self, Console};
 use crate::limits::{self, Descriptors};
+use crate::log::say;
 use crate::machine::{Guest, Machine, MachineConfig};
 use crate::network::{self, Plugged};
 use crate::options::nic::{NicAttach, NicOption};
@@ -31,10 +32,10 @@ use crate::options::{
     Attach, DiskOption, IrqchipOption, PartitionOption, ResetOption, SerialOption, Size,
     SynicOption,
 };
+use crate::outlet::Outlet;
 use crate::resize;
 use crate::restart::{self, Cause, Restarts};
 use crate::statistics::{NicStatistics, Statistics};
-use crate::terminal::Console;
 
 /// A guest's first machine and its restarts.
 #[derive(Debug, Args)]
@@ -66,6 +67,10 @@ queues=1..64 and pcap=FILE; and attach=netvsc, which is a synthetic NIC, or atta
 A switch joins the NICs of this machine that name it. With --switch it takes name=NAME and mtu=68..9000,
 and uplink=tap:NAME to be joined to the host, or uplink=socket:PATH to be joined to the switches of
 other machines with the same PATH; and pcap=FILE for what passes the uplink.
+
+On a terminal every key goes to the guest, Ctrl-C too, but for those after Ctrl-A: Ctrl-A x ends the
+guest, Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A h lists the keys. SIGINT, SIGTERM and SIGHUP press the
+guest's power button; a second one stops it. SIGQUIT stops it at once, SIGUSR1 prints what was counted.
 
 The WORK of the built-in guest is tasks, parted by semicolons; each prints a line of JSON:
   identify [disk=N | nic=N]
@@ -111,7 +116,8 @@ pub struct Run {
     /// several times
     #[arg(long, value_name = "SWITCH")]
     switch: Vec<SwitchOption>,
-    /// Where the serial port leads: stdio, null or file:PATH
+    /// Where the serial port leads: stdio, where Ctrl-A x on a terminal ends the guest; null; or
+    /// file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOption,
     /// What the guest runs in: kvm; hosted, which is a process and takes --builtin only; or auto:
@@ -135,8 +141,8 @@ pub struct Run {
     stats: bool,
 }
 
-/// How a run ends that somebody wanted to end.
-const STOPPED: &str = "stopped before the guest powered off";
+/// How a run ends that somebody wanted to end, if the guest has reset itself meanwhile.
+const NOT_AGAIN: &str = "the guest restarted instead of powering off, and was not started again";
 
 /// The least memory that anything boots in.
 const LEAST_MEMORY: u64 = 32 << 20;
@@ -219,6 +225,9 @@ impl Run {
         if descriptors.needs_io_uring() {
             limits::try_io_uring()?;
         }
+        // From here on signals are heard, and end what has been made in an orderly way.
+        let console = Console::new()?;
+        console.waits_for("the disks and networks to open");
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
         let mut ide = ide_attachments(&disks)?;
@@ -250,26 +259,35 @@ impl Run {
             nics: networks.cables.iter().filter_map(Plugged::emulated).cloned().collect(),
             prefers_vmbus: ide.all_on_vmbus,
         };
-        let mut console = None;
-        let mut serial_file = None;
+        let mut output: Option<Outlet> = None;
+        let mut first = true;
         let mut restarts = Restarts::default();
         resize::on_signal(disks.iter().map(|attached| Arc::clone(&attached.disk)).collect())?;
         loop {
+            if console.end_wanted() {
+                bail!(if first { "stopped before the guest started" } else { NOT_AGAIN });
+            }
+            console.waits_for("the machine to be made");
             // A machine begins with the sizes of now.
             resize::look_at(disks.iter().map(|attached| &*attached.disk));
-            // The serial port's file is made when all else has worked.
-            let mut machine = Machine::new(&config, || serial(&self.serial, &mut serial_file))?;
-            if console.is_none() {
+            let mut machine = Machine::new(&config, |stop| {
+                // A file is made when all else has worked, once, and written on over restarts.
+                if output.is_none() {
+                    output = serial(&self.serial)?;
+                }
+                Ok(console.cable(output.clone(), stop))
+            })?;
+            if std::mem::take(&mut first) {
                 // A guest that measures itself does not know in what.
                 if builtin {
                     let kind = machine.kind();
                     let why = kind.without_kvm().map(|why| format!("; {why}")).unwrap_or_default();
-                    eprintln!("partita: the guest runs in {kind}{why}");
+                    say!("the guest runs in {kind}{why}");
                 }
-                let stdio = self.serial == SerialOption::Stdio;
-                console = Some(Console::new(stdio).context("cannot listen to the user")?);
+                if self.serial == SerialOption::Stdio {
+                    console.listen_to_keyboard()?;
+                }
             }
-            let console = console.as_ref().expect("just made");
 
             let mut devices = controllers(&disks, &ide, config.vps)?;
             let mut emulated = machine.nic_counters().into_iter();
@@ -287,11 +305,8 @@ impl Run {
             let sink = host.sink();
             let switches = networks.switches.clone();
             let statistics = Arc::new(Statistics::new(&machine, host, nic_counters, switches));
+            console.waits_for("a processor, which waits for a device");
             console.attach(&machine, &statistics);
-            // Said between two machines, it was said to none.
-            if console.wants_end() {
-                machine.stop_handle().stop(StopReason::Stopped);
-            }
             let started = Instant::now();
             let reason = machine.run(&sink);
             let lived = started.elapsed();
@@ -301,8 +316,14 @@ impl Run {
                 statistics.print();
             }
             // With them goes the bus: its channels are closed and their I/O has ended.
+            console.waits_for(format!("the host's I/O{}", names(&disks)));
             drop(statistics);
             drop(machine);
+            if let Some(output) = &output {
+                console.waits_for("the serial port's output to be read");
+                console.flush(output);
+            }
+            console.waits_for("the disks and networks to close");
             let cause = match reason {
                 StopReason::PowerOff => {
                     let status = status.unwrap_or(0);
@@ -313,13 +334,13 @@ impl Run {
                 }
                 StopReason::Reset => Cause::Asked,
                 StopReason::TripleFault => Cause::BrokeDown,
-                StopReason::Stopped => bail!(STOPPED),
+                StopReason::Stopped => bail!("stopped before the guest powered off"),
                 StopReason::Error(what) => bail!(what),
             };
             match self.on_reset {
                 ResetOption::Exit => return Ok(restart::end(cause)),
-                ResetOption::Restart if restarts.wait(cause, lived, console) => {}
-                ResetOption::Restart => bail!(STOPPED),
+                ResetOption::Restart if restarts.wait(cause, lived, &console) => {}
+                ResetOption::Restart => bail!(NOT_AGAIN),
             }
         }
     }
@@ -403,19 +424,22 @@ fn ide_attachments(disks: &[Attached]) -> anyhow::Result<IdeAttachments> {
     Ok(ide)
 }
 
-/// Where the serial port's output goes. A file is made once and written on over restarts.
-fn serial(option: &SerialOption, file: &mut Option<File>) -> anyhow::Result<Box<dyn Write + Send>> {
+/// Whose I/O it is, as far as it is known.
+fn names(disks: &[Attached]) -> String {
+    let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
+    if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) }
+}
+
+/// Where the serial port's output goes, if anywhere.
+fn serial(option: &SerialOption) -> anyhow::Result<Option<Outlet>> {
     Ok(match option {
-        SerialOption::Stdio => Box::new(io::stdout()),
-        SerialOption::Null => Box::new(io::sink()),
+        SerialOption::Stdio => Some(console::standard_output()?),
+        SerialOption::Null => None,
         SerialOption::File(path) => {
-            let file = match file {
-                Some(file) => file,
-                None => file.insert(File::create(path).with_context(|| {
-                    format!("cannot write the serial port's output to {}", path.display())
-                })?),
-            };
-            Box::new(file.try_clone()?)
+            let file = File::create(path).with_context(|| {
+                format!("cannot write the serial port's output to {}", path.display())
+            })?;
+            Some(console::output(file.into())?)
         }
     })
 }

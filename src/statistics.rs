@@ -131,7 +131,7 @@ impl Statistics {
                 "stats: resident beyond guest memory: {own} KiB of its own, {files} KiB of files\n"
             );
         }
-        eprint!("{report}");
+        crate::log::write(&report);
     }
 }
 

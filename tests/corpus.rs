@@ -97,6 +97,11 @@ fn clock_registers() {
 }
 
 #[test]
+fn uart_registers() {
+    replay("uart_registers", emulators::fuzzing::fuzz_uart);
+}
+
+#[test]
 fn nvsp_messages() {
     replay("nvsp_messages", vsp::fuzzing::fuzz_nvsp);
 }

@@ -1,123 +1,134 @@
-//! The user's end of a run: what the terminal and signals do, and that both are as before when it is over.
-//!
-//! The guest is nine bytes of code that print a letter and halt, so that any KVM can run it.
+//! What a run gets from a terminal or a pipe: on a terminal keys are the guest's but for a few, and it
+//! is as before when the run is over; of a pipe everything is the guest's.
 
 mod common;
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{Read, Write, pipe};
 use std::os::fd::OwnedFd;
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use common::has_kvm;
-use rustix::process::{Pid, Signal, kill_process};
+use common::{ECHOES, HALTS, Kernel, Running, has_kvm};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, tcgetattr};
-
-/// Prints `k` on the first serial port and halts for good.
-const CODE: [u8; 11] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'k', 0xee, 0xf4, 0xeb, 0xfd, 0x90];
-
-/// Far longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn partita(kernel: &Path, serial: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_partita"));
-    command.args(["run", "--memory", "64M", "--serial", serial, "--kernel"]).arg(kernel);
-    command
-}
-
-fn wait(child: &mut Child) -> ExitStatus {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        if Instant::now() > deadline {
-            child.kill().unwrap();
-            panic!("it does not end");
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-}
 
 /// Everything that two states of a terminal can differ in.
 fn modes(of: &Termios) -> [u32; 4] {
     [of.input_modes.bits(), of.output_modes.bits(), of.control_modes.bits(), of.local_modes.bits()]
 }
 
+/// A program at a terminal.
+struct Seat {
+    run: Running,
+    /// What the user sees and types at.
+    screen: File,
+    terminal: OwnedFd,
+    before: [u32; 4],
+    _kernel: Kernel,
+}
+
+impl Seat {
+    fn new(code: &[u8]) -> Self {
+        let kernel = Kernel::new(code);
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+        let terminal: OwnedFd = File::options().read(true).write(true).open(name).unwrap().into();
+        let before = tcgetattr(&terminal).unwrap();
+        assert!(before.local_modes.contains(LocalModes::ICANON));
+        let mut command = kernel.run(&[]);
+        command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap());
+        let run = Running::new(&mut command);
+        let mut seat =
+            Self { run, screen: master.into(), terminal, before: modes(&before), _kernel: kernel };
+        assert_eq!(seat.see(1), b"k");
+        let during = tcgetattr(&seat.terminal).unwrap();
+        assert!(!during.local_modes.intersects(LocalModes::ICANON | LocalModes::ISIG));
+        seat
+    }
+
+    fn type_keys(&mut self, keys: &[u8]) {
+        self.screen.write_all(keys).unwrap();
+    }
+
+    fn see(&mut self, count: usize) -> Vec<u8> {
+        let mut seen = vec![0; count];
+        self.screen.read_exact(&mut seen).unwrap();
+        seen
+    }
+
+    /// It has been told to end. What it said.
+    fn end(mut self) -> String {
+        assert_eq!(self.run.wait().code(), Some(1));
+        assert_eq!(modes(&tcgetattr(&self.terminal).unwrap()), self.before);
+        self.run.said()
+    }
+}
+
+const HINT: &str = "partita: Ctrl-A x ends the guest, Ctrl-A h lists the keys\n";
+const STOPPED: &str = "partita: stopped before the guest powered off\n";
+
 #[test]
-fn two_ctrl_c_end_the_run_and_leave_the_terminal_as_it_was() {
+fn every_key_is_the_guests_but_those_after_ctrl_a() {
     if !has_kvm() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let image = folder.path().join("kernel");
-    common::kernel(&CODE, &image);
-    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&master).unwrap();
-    unlockpt(&master).unwrap();
-    let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
-    let terminal: OwnedFd = File::options().read(true).write(true).open(name).unwrap().into();
-    let before = tcgetattr(&terminal).unwrap();
-    assert!(before.local_modes.contains(LocalModes::ICANON));
-
-    let mut child = partita(&image, "stdio")
-        .stdin(terminal.try_clone().unwrap())
-        .stdout(terminal.try_clone().unwrap())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut screen = File::from(master);
-    let mut byte = [0];
-    screen.read_exact(&mut byte).unwrap();
-    assert_eq!(byte, *b"k");
-    let during = tcgetattr(&terminal).unwrap();
-    assert!(!during.local_modes.intersects(LocalModes::ICANON | LocalModes::ISIG));
-
-    screen.write_all(b"\x03").unwrap();
-    thread::sleep(Duration::from_millis(200));
-    assert_eq!(child.try_wait().unwrap(), None, "one Ctrl-C is the guest's");
-    screen.write_all(b"\x03").unwrap();
-    assert_eq!(wait(&mut child).code(), Some(1));
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(said, "partita: stopped before the guest powered off\n");
-    let after = tcgetattr(&terminal).unwrap();
-    assert_eq!(modes(&after), modes(&before));
+    let mut seat = Seat::new(ECHOES);
+    // Ctrl-C as often as a key that repeats sends it, and what other programs do something at.
+    let keys = b"\x03\x03\x03\x03\x1c\x1a\x04 x";
+    seat.type_keys(keys);
+    assert_eq!(seat.see(keys.len()), keys);
+    seat.type_keys(b"\x01\x01y\x01h\x01bz");
+    assert_eq!(seat.see(5), b"\x01y\x01bz");
+    seat.type_keys(b"\x01x");
+    let said = seat.end();
+    let help = said.strip_prefix(HINT).and_then(|said| said.strip_suffix(STOPPED));
+    assert!(help.is_some_and(|help| help.contains("Ctrl-A Ctrl-A sends one Ctrl-A")), "{said}");
 }
 
 #[test]
-fn two_interrupts_end_a_run_without_a_terminal_whose_output_is_in_a_file() {
+fn keys_that_the_guest_does_not_read_do_not_keep_ctrl_a_x_from_ending_it() {
     if !has_kvm() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (image, log) = (folder.path().join("kernel"), folder.path().join("console.log"));
-    common::kernel(&CODE, &image);
-    let mut child = partita(&image, &format!("file:{}", log.display()))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    while fs::read(&log).unwrap_or_default() != b"k" {
-        assert!(Instant::now() < deadline, "the guest's output does not come");
-        thread::sleep(Duration::from_millis(5));
+    let mut seat = Seat::new(HALTS);
+    seat.type_keys(&[b'x'; 70]);
+    // Far more than the program keeps.
+    for _ in 0..300 {
+        seat.type_keys(&[b'x'; 1000]);
     }
-    let pid = Pid::from_child(&child);
-    for _ in 0..2 {
-        kill_process(pid, Signal::INT).unwrap();
-        // Two of them at once are one.
-        thread::sleep(Duration::from_millis(200));
+    seat.type_keys(b"\x01x");
+    assert_eq!(seat.end(), format!("{HINT}{STOPPED}"));
+}
+
+/// With everything in it that would be an escape on a terminal.
+#[test]
+fn what_comes_by_a_pipe_is_the_guests_as_it_is_also_if_it_does_not_block() {
+    if !has_kvm() {
+        return;
     }
-    assert_eq!(wait(&mut child).code(), Some(1));
-    let mut output = String::new();
-    child.stdout.take().unwrap().read_to_string(&mut output).unwrap();
-    assert_eq!(output, "");
-    child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
-    assert!(output.ends_with("partita: stopped before the guest powered off\n"), "{output}");
+    let text: Vec<u8> = b"\x01x\x01h\x03\x03".iter().copied().cycle().take(20_000).collect();
+    let kernel = Kernel::new(ECHOES);
+    for nonblocking in [false, true] {
+        let (reader, mut writer) = pipe().unwrap();
+        if nonblocking {
+            let flags = fcntl_getfl(&reader).unwrap();
+            fcntl_setfl(&reader, flags | OFlags::NONBLOCK).unwrap();
+        }
+        let mut run = Running::new(kernel.run(&[]).stdin(reader));
+        // Now it has found nothing there.
+        assert_eq!(run.byte(), b'k');
+        let sent = text.clone();
+        let sender = thread::spawn(move || writer.write_all(&sent).unwrap());
+        let mut echo = vec![0; text.len()];
+        run.0.stdout.as_mut().unwrap().read_exact(&mut echo).unwrap();
+        sender.join().unwrap();
+        assert!(echo == text);
+        // The end of it is not the guest's.
+        run.signals(&[Signal::TERM, Signal::TERM]);
+        assert_eq!(run.wait().code(), Some(1));
+    }
 }

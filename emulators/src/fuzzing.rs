@@ -35,6 +35,11 @@ pub fn fuzz_clocks(data: &[u8]) {
     crate::rtc::fuzz(data);
 }
 
+/// Accesses to a serial port, and input that comes to it; see the source for their form.
+pub fn fuzz_uart(data: &[u8]) {
+    crate::uart::fuzz(data);
+}
+
 /// Accesses to the ports of PCI's configuration space: a byte chooses port and width, up to four are
 /// written.
 pub fn fuzz_pci(mut data: &[u8]) {

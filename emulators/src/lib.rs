@@ -27,4 +27,4 @@ pub use pit::Pit;
 pub use pm::{PmBlock, ResetRegister, SLEEP_TYPE_S5};
 pub use rtc::Rtc;
 pub use smbus::SmBus;
-pub use uart::Uart;
+pub use uart::{Cable, Uart};

@@ -29,6 +29,21 @@ struct State {
     status: u16,
     enable: u16,
     control: u16,
+    button: Button,
+}
+
+/// What has become of the power button that somebody pressed.
+///
+/// A system that boots clears what it finds in the status register before it listens, and only then
+/// enables the event. What was pressed until then nobody has seen, and is to be pressed again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Button {
+    #[default]
+    Untouched,
+    /// And not seen: the status bit is still set, or was cleared by a guest that did not listen.
+    Pressed,
+    /// The guest, which had the event enabled, has cleared the status bit.
+    Seen,
 }
 
 impl PmBlock {
@@ -54,11 +69,23 @@ impl PmBlock {
         Self { state: Mutex::default(), sci, stop, started: Instant::now() }
     }
 
-    /// Presses the power button: asks the guest to shut down.
+    /// Presses the power button: asks the guest to shut down. Until [`Self::power_button_seen`] it is
+    /// to be pressed again now and then.
     pub fn press_power_button(&self) {
         let mut state = self.lock();
         state.status |= POWER_BUTTON;
+        state.button = Button::Pressed;
         self.update_sci(&state);
+    }
+
+    /// Whether the guest has taken notice of the button that was pressed last. Told once.
+    pub fn power_button_seen(&self) -> bool {
+        let mut state = self.lock();
+        let seen = state.button == Button::Seen;
+        if seen {
+            state.button = Button::Untouched;
+        }
+        seen
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -84,7 +111,13 @@ impl PmBlock {
         let (value, high) = (u16::from(value), offset & 1 == 1);
         let (shifted, kept) = if high { (value << 8, 0x00ff) } else { (value, 0xff00) };
         match offset & !1 {
-            0 => state.status &= !shifted, // a one clears
+            0 => {
+                let cleared = state.status & shifted;
+                state.status &= !shifted; // a one clears
+                if cleared & state.enable & POWER_BUTTON != 0 {
+                    state.button = Button::Seen;
+                }
+            }
             2 => state.enable = (state.enable & kept) | shifted,
             4 => state.control = (state.control & kept) | shifted,
             _ => {}
@@ -228,6 +261,37 @@ mod tests {
         block.write(0, &0x100_u16.to_le_bytes());
         assert!(!line.0.load(Ordering::Relaxed));
         assert_eq!(read16(&block, 0), 0);
+    }
+
+    #[test]
+    fn a_button_pressed_before_the_guest_listens_is_pressed_until_it_is_seen() {
+        let (block, line, _) = block();
+        let clear = || block.write(0, &0x100_u16.to_le_bytes());
+        let enable = |on: bool| block.write(2, &(u16::from(on) << 8).to_le_bytes());
+        assert!(!block.power_button_seen());
+        block.press_power_button();
+        // As ACPICA starts: everything off and cleared, then once more before it enables.
+        enable(false);
+        block.write(0, &0xffff_u16.to_le_bytes());
+        assert!(!block.power_button_seen());
+        block.press_power_button();
+        clear();
+        enable(true);
+        assert!(!block.power_button_seen(), "nothing has interrupted it yet");
+        assert!(!line.0.load(Ordering::Relaxed));
+        clear();
+        assert!(!block.power_button_seen(), "there was nothing to clear");
+        block.press_power_button();
+        assert!(line.0.load(Ordering::Relaxed));
+        block.write(0, &0x001_u16.to_le_bytes());
+        assert!(!block.power_button_seen(), "another bit was cleared");
+        clear();
+        assert!(block.power_button_seen());
+        assert!(!block.power_button_seen(), "told once");
+        assert!(!line.0.load(Ordering::Relaxed));
+        // Another press is another matter.
+        block.press_power_button();
+        assert!(!block.power_button_seen());
     }
 
     #[test]

@@ -158,6 +158,18 @@ fn read_frame(socket: &mut UnixStream) -> Vec<u8> {
 }
 
 #[test]
+fn an_uplink_that_goes_at_once_leaves_no_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lan");
+    let switch = Switch::new(SwitchOptions::new("test"));
+    // Its thread may not even have begun.
+    for _ in 0..200 {
+        drop(Uplink::to_socket(&switch, &path, None).unwrap());
+        assert!(!path.exists());
+    }
+}
+
+#[test]
 fn machines_meet_at_a_socket_and_the_first_forwards() {
     let folder = Folder::new();
     let [mut a, mut b, mut c] = [1, 2, 3].map(|number| Machine::at(number, &folder.socket()));

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use self::meeting::{Meeting, meet};
+use self::meeting::{First, Meeting, meet};
 use super::Network;
 use super::capture::Capture;
 use super::patch::{self, Stop};
@@ -82,7 +82,7 @@ impl Uplink {
             let mut told = false;
             while !stop.is_requested() {
                 match meeting.take().map_or_else(|| meet(&place.path), Ok) {
-                    Ok(Meeting::First(listener)) => return place.listen(&listener, stop),
+                    Ok(Meeting::First(first)) => return place.listen(first, stop),
                     Ok(Meeting::Another(socket)) => {
                         told = false;
                         place.serve(socket, stop);
@@ -132,11 +132,11 @@ struct Place {
 
 impl Place {
     /// Gives each machine that connects a port, until it is to stop.
-    fn listen(&self, listener: &UnixListener, stop: &Arc<Stop>) {
+    fn listen(&self, first: First, stop: &Arc<Stop>) {
         let mut threads: Vec<JoinHandle<()>> = Vec::new();
-        while !wait(stop, Some(listener), None) {
+        while !wait(stop, Some(&first.listener), None) {
             threads.retain(|thread| !thread.is_finished());
-            let socket = match listener.accept() {
+            let socket = match first.listener.accept() {
                 Ok((socket, _)) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => {
@@ -152,7 +152,7 @@ impl Place {
                 Err(error) => limited::warn!(%error, "a machine could not be joined"),
             }
         }
-        meeting::leave(&self.path);
+        drop(first);
         for thread in threads {
             let _ = thread.join();
         }

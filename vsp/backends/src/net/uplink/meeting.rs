@@ -28,10 +28,26 @@ pub enum MeetError {
 /// What a machine finds.
 #[derive(Debug)]
 pub(super) enum Meeting {
-    /// It is the first: others will connect. The listener does not block.
-    First(UnixListener),
+    /// It is the first: others will connect.
+    First(First),
     /// Another was there.
     Another(UnixStream),
+}
+
+/// The first's place. Dropping it leaves it, however early that is: the file goes, and while the
+/// listener is still there, so that it is its own.
+#[derive(Debug)]
+pub(super) struct First {
+    /// Does not block.
+    pub(super) listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for First {
+    fn drop(&mut self) {
+        let _lock = lock(&self.path);
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 /// Looks whether there is somebody at `path`, and takes the place otherwise.
@@ -53,14 +69,12 @@ pub(super) fn meet(path: &Path) -> Result<Meeting, MeetError> {
         Err(error) => return Err(failed(error)),
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok(Meeting::First(listener))
-}
-
-/// Removes the listener's file, while the listener is still there: so it is its own.
-pub(super) fn leave(path: &Path) {
-    let _lock = lock(path);
-    let _ = fs::remove_file(path);
+    if let Err(error) = listener.set_nonblocking(true) {
+        // Nobody else has the lock yet.
+        let _ = fs::remove_file(path);
+        return Err(failed(error));
+    }
+    Ok(Meeting::First(First { listener, path: path.to_owned() }))
 }
 
 /// Keeps others from looking as well until it is dropped. Somebody who keeps the folder locked does not
@@ -88,12 +102,13 @@ mod tests {
         let Ok(Meeting::First(first)) = meet(&path) else { panic!("nobody was there") };
         assert!(matches!(meet(&path), Ok(Meeting::Another(_))));
         drop(first);
+        assert!(!path.exists());
+        drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let Ok(Meeting::First(second)) = meet(&path) else { panic!("it was dead") };
         assert!(matches!(meet(&path), Ok(Meeting::Another(_))));
-        leave(&path);
-        assert!(!path.exists());
         drop(second);
+        assert!(!path.exists());
     }
 
     #[test]
