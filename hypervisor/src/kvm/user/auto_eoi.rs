@@ -21,9 +21,11 @@ use crate::VpIndex;
 use crate::kvm::irq;
 use crate::kvm::kick::Kick;
 
-/// How long to leave the guest alone before it is looked at again, at first and at most.
+/// How long to leave the guest alone before it is looked at again, at first and at most. It is
+/// twice as long each time, so that an interrupt ends no later after the guest has taken it than the
+/// guest has let it wait, and that a guest on a slow host comes forward between two looks.
 const SOON: Duration = Duration::from_micros(50);
-const LATE: Duration = Duration::from_millis(2);
+const LATE: Duration = Duration::from_millis(100);
 
 /// A set of vectors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
