@@ -729,13 +729,14 @@ fn cached_pages(path: &Path) -> usize {
     let file = File::open(path).unwrap();
     let len = (&file).seek(SeekFrom::End(0)).unwrap() as usize;
     let mut pages = vec![0u8; len.div_ceil(4096)];
-    // SAFETY: a new mapping, which is not read; the vector has a byte for each of its pages.
-    unsafe {
-        let (read, shared) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::SHARED);
-        let start = rustix::mm::mmap(std::ptr::null_mut(), len, read, shared, &file, 0).unwrap();
-        assert_eq!(libc::mincore(start, len, pages.as_mut_ptr()), 0);
-        rustix::mm::munmap(start, len).unwrap();
-    }
+    let (read, shared) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::SHARED);
+    let anywhere = std::ptr::null_mut();
+    // SAFETY: a new mapping, which is not read.
+    let start = unsafe { rustix::mm::mmap(anywhere, len, read, shared, &file, 0) }.unwrap();
+    // SAFETY: the vector has a byte for each of the mapping's pages.
+    assert_eq!(unsafe { libc::mincore(start, len, pages.as_mut_ptr()) }, 0);
+    // SAFETY: nobody else knows of the mapping.
+    unsafe { rustix::mm::munmap(start, len) }.unwrap();
     pages.iter().filter(|&&page| page & 1 != 0).count()
 }
 
