@@ -117,8 +117,8 @@ fn block_sizes_and_what_they_do_not_fit() {
         "--disk: an IDE disk has sectors of 512 bytes, and this one has blocks of 4096; say \
          attach=scsi, or block-size=512 if what is on it was made for that"
     );
-    assert!(refused("block-size=1k").ends_with("block-size is 512 or 4096"));
-    assert!(refused("discard=on").ends_with("discard is unmap or off"));
+    assert!(refused("block-size=1k").contains("block-size is 512 or 4096"));
+    assert!(refused("discard=on").contains("discard is unmap or off"));
     fs::write(files.at("good.img"), [0; 512 * 9]).unwrap();
     let line = refused("block-size=4096");
     assert!(line.ends_with("4608 bytes long, which is not a multiple of 4096"), "{line}");

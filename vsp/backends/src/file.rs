@@ -22,7 +22,8 @@
 //! # A flush that fails
 //! The kernel tells of a write that it could not carry out later on once, to one flush on each open
 //! file, and then forgets what was lost. Queues share their files, so what one has heard counts for
-//! all of them, until the image is opened anew.
+//! all of them, until the image is opened anew. What a queue had no time to hear, one more open file
+//! is asked for when it goes.
 //!
 //! # Locks
 //! A third descriptor of a file holds the lock (`F_OFD_SETLK` on the whole of it, which QEMU and

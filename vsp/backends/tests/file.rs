@@ -661,6 +661,29 @@ fn a_flush_that_failed_fails_for_good() {
     });
 }
 
+/// A guest that breaks its channel takes the answer to its flush with it, but not what the answer is.
+#[test]
+fn a_flush_that_nobody_hears_of_has_failed_all_the_same() {
+    mounted("tmpfs", "size=1m", |directory| {
+        let Some(device) = LoopDevice::new(&image(directory, 8 * MIB)) else { return };
+        let disk = open(&device.0, Direct::Off);
+        let mut worker = Worker::new(&disk);
+        let mut pieces = Pieces::new(&[256 * KIB], 0);
+        pieces.fill(&pattern(256 * KIB, 1));
+        let buffers = pieces.buffers();
+        for i in 0..16 {
+            let _ = worker.run(WRITE, i * 256 * KIB, &buffers);
+        }
+        worker.submit(1, Operation::Flush, 0, &[]);
+        worker.uring.submit().unwrap();
+        // As a channel's worker goes: its ring first, which waits.
+        let Worker { uring, queue, .. } = worker;
+        drop(uring);
+        drop(queue);
+        assert!(Worker::new(&disk).order(Operation::Flush, 0, 0).is_err());
+    });
+}
+
 /// Two workers: one writes a sector and reads it back into odd memory, the other reads its neighbours
 /// into odd memory all the time.
 fn reads_back_what_it_wrote(disk: &FileDisk) {
@@ -706,13 +729,14 @@ fn cached_pages(path: &Path) -> usize {
     let file = File::open(path).unwrap();
     let len = (&file).seek(SeekFrom::End(0)).unwrap() as usize;
     let mut pages = vec![0u8; len.div_ceil(4096)];
-    // SAFETY: a new mapping, which is not read; the vector has a byte for each of its pages.
-    unsafe {
-        let (read, shared) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::SHARED);
-        let start = rustix::mm::mmap(std::ptr::null_mut(), len, read, shared, &file, 0).unwrap();
-        assert_eq!(libc::mincore(start, len, pages.as_mut_ptr()), 0);
-        rustix::mm::munmap(start, len).unwrap();
-    }
+    let (read, shared) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::SHARED);
+    let anywhere = std::ptr::null_mut();
+    // SAFETY: a new mapping, which is not read.
+    let start = unsafe { rustix::mm::mmap(anywhere, len, read, shared, &file, 0) }.unwrap();
+    // SAFETY: the vector has a byte for each of the mapping's pages.
+    assert_eq!(unsafe { libc::mincore(start, len, pages.as_mut_ptr()) }, 0);
+    // SAFETY: nobody else knows of the mapping.
+    unsafe { rustix::mm::munmap(start, len) }.unwrap();
     pages.iter().filter(|&&page| page & 1 != 0).count()
 }
 

@@ -110,8 +110,10 @@ pub(super) struct Image {
     name: String,
     pub(super) buffered: File,
     pub(super) direct: Option<(File, Alignment)>,
-    /// Holds a file's lock, and does nothing else.
+    /// Holds a file's lock.
     lock: Option<File>,
+    /// For a block device, what [`Self::lock`] is for a file when it comes to lost writes.
+    witness: Option<File>,
     /// A block device, whose buffered descriptor holds the lock and the claim. The kernel has to
     /// see the claim on the descriptor by which it is to drop cached pages before it zeroes.
     pub(super) is_device: bool,
@@ -139,6 +141,15 @@ impl Image {
                 self.name,
                 io::Error::from_raw_os_error(errno)
             );
+        }
+    }
+
+    /// Flushes were under way on a queue that is gone, so nobody has heard of what they have lost. The
+    /// kernel tells each open file of it, and this one has not been told yet.
+    pub(super) fn hear_of_lost_writes(&self) {
+        let Some(file) = self.lock.as_ref().or(self.witness.as_ref()) else { return };
+        if let Err(error) = rustix::fs::fdatasync(file) {
+            self.flush_has_failed(error.raw_os_error());
         }
     }
 
@@ -239,9 +250,9 @@ impl FileDisk {
                 false => Err(io::ErrorKind::NotFound.into()),
             }
         };
-        let (buffered, lock) = match block_device {
-            true => (lock, None),
-            false => (reopen(0).map_err(unreadable)?, Some(lock)),
+        let (buffered, lock, witness) = match block_device {
+            true => (lock, None, reopen(0).ok()),
+            false => (reopen(0).map_err(unreadable)?, Some(lock), None),
         };
         let direct = match options.direct {
             Direct::Off => None,
@@ -296,6 +307,7 @@ impl FileDisk {
             buffered,
             direct,
             lock,
+            witness,
             is_device: block_device,
             capacity: Capacity::new(size),
             block,

@@ -313,7 +313,9 @@ impl FileQueue {
         let slot = self.slots.get_mut(index)?;
         let errno = match result {
             // Another queue may have been told what this one should have been.
-            0 if slot.method == Method::Sync => return Some(self.image.may_flush().map(|()| 0)),
+            0 if slot.method == Method::Sync => {
+                return Some(self.image.may_flush().map(|()| slot.len));
+            }
             0 if slot.method.is_range() && !slot.is_edge => {
                 let part = slot.part;
                 return self.moved(index, part);
@@ -396,6 +398,11 @@ impl FileQueue {
         slot.attempts = 0;
         if slot.left == 0 {
             return Some(match slot.unstable {
+                // A host that does not know how to do both at once.
+                Some(libc::EOPNOTSUPP) => {
+                    slot.method = Method::Sync;
+                    return None;
+                }
                 // It was written; so it was the flush that failed.
                 Some(errno) => {
                     self.image.flush_has_failed(errno);
@@ -567,6 +574,12 @@ impl Queue for FileQueue {
 impl Drop for FileQueue {
     /// A queue that goes with requests under way leaves behind what the kernel still looks at.
     fn drop(&mut self) {
+        let flushes = |slot: &Slot| {
+            slot.busy && matches!(slot.operation, Operation::Flush | Operation::Write { fua: true })
+        };
+        if self.slots.iter().any(flushes) {
+            self.image.hear_of_lost_writes();
+        }
         if self.in_flight() > 0 {
             self.remains.keep((mem::take(&mut self.slots), Arc::clone(&self.image)));
         }
@@ -707,6 +720,11 @@ mod tests {
         assert_eq!(write.method_after(-libc::EIO), Ok(Method::Direct));
         assert_eq!(write.method_after(4096), failed);
         assert!(write.queue.image.may_flush().is_err());
+        // A host that has to be asked for both.
+        let mut write = Scripted::new(fua);
+        assert_eq!(write.method_after(-libc::EOPNOTSUPP), Ok(Method::Direct));
+        assert_eq!(write.method_after(4096), Ok(Method::Sync));
+        assert_eq!(write.method_after(0), Err(Ok(4096)));
         // One that cannot be written has lost nobody else's.
         let mut write = Scripted::new(fua);
         assert_eq!(write.method_after(-libc::EIO), Ok(Method::Direct));
