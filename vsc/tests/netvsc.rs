@@ -77,7 +77,7 @@ fn what_is_sent_comes_back() {
         assert!(rig.wait(0).is_empty());
     }
     let counters = rig.queues[0].frame_counters();
-    assert_eq!((counters.sent, counters.received, counters.refused), (18, 17, 0));
+    assert_eq!((counters.sent, counters.received, counters.refused), (20, 19, 0));
     rig.stop();
 }
 
