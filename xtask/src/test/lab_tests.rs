@@ -1,12 +1,13 @@
 //! The lab's tests: shell scripts of `tests/lab` that run in L1, each in one of its own.
 //!
 //! A test is `NAME.sh`; `NAME.guest.sh` beside it is what its guests run. It passes if it exits
-//! with 0.
+//! with 0. One whose script has a line `# kernels: A B` runs once for each of these kernels, as `NAME@A` and
+//! `NAME@B`, with `KERNEL` in its environment.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -111,7 +112,7 @@ impl Round<'_> {
 
     /// What a test takes along: all the scripts, and the test programs it names.
     fn files_of(&self, test: &str) -> Result<Vec<LabFile>> {
-        let mut files = programs::wanted_by(&self.folder.join(format!("{test}.sh")))?;
+        let mut files = programs::wanted_by(&self.folder.join(format!("{}.sh", script_of(test))))?;
         let destination = "/lab/tests".to_owned();
         files.push(LabFile { source: self.folder.clone(), destination });
         Ok(files)
@@ -152,8 +153,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What the line begins with that names a test's kernels.
+const KERNELS: &str = "# kernels: ";
+
 /// The names of the tests, in order.
-fn list(folder: &PathBuf) -> Result<Vec<String>> {
+fn list(folder: &Path) -> Result<Vec<String>> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("could not list {}", folder.display()))?;
     let mut names = Vec::new();
@@ -164,11 +168,30 @@ fn list(folder: &PathBuf) -> Result<Vec<String>> {
             && name.starts_with(|first: char| first.is_ascii_digit())
             && !name.ends_with(".guest")
         {
-            names.push(name.to_owned());
+            let script = folder.join(&file);
+            let text = fs::read_to_string(&script)
+                .with_context(|| format!("could not read {}", script.display()))?;
+            names.extend(runs_of(name, &text));
         }
     }
     names.sort();
     Ok(names)
+}
+
+/// The test's own name, or one for each kernel that its script names.
+fn runs_of(name: &str, script: &str) -> Vec<String> {
+    let kernels = script.lines().find_map(|line| line.strip_prefix(KERNELS));
+    match kernels {
+        Some(kernels) => {
+            kernels.split_whitespace().map(|kernel| format!("{name}@{kernel}")).collect()
+        }
+        None => vec![name.to_owned()],
+    }
+}
+
+/// The name of a run's script, without its kernel.
+fn script_of(test: &str) -> &str {
+    test.split_once('@').map_or(test, |(script, _)| script)
 }
 
 fn first_line(error: &anyhow::Error) -> String {
@@ -253,6 +276,15 @@ impl<'a, 'b> Report<'a, 'b> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_test_runs_with_each_kernel_that_it_names() {
+        assert_eq!(runs_of("01-a", "#!/bin/sh\n# Shows it.\n"), ["01-a"]);
+        let named = "#!/bin/sh\n# kernels: cloud new\n";
+        assert_eq!(runs_of("01-a", named), ["01-a@cloud", "01-a@new"]);
+        assert_eq!(script_of("01-a@new"), "01-a");
+        assert_eq!(script_of("01-a"), "01-a");
+    }
 
     #[test]
     fn a_report_counts_by_the_runners_lines_in_whatever_pieces_they_come() {
