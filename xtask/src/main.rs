@@ -111,6 +111,12 @@ struct TestArgs {
     /// How long each fuzzer runs; 30 under CI=true and 5 elsewhere, if not given
     #[arg(long, value_name = "SECONDS")]
     fuzz_seconds: Option<u32>,
+    /// What runs the lab's machines: the QEMU of the distribution's backports, or its own
+    #[arg(long, value_enum, default_value_t = Emulator::Backports)]
+    emulator: Emulator,
+    /// Let each of the lab's machines use all of the host's cores
+    #[arg(long)]
+    all_cores: bool,
     /// Only the lab tests with one of these in their names
     #[arg(value_name = "NAME", requires = "lab")]
     names: Vec<String>,
@@ -134,6 +140,8 @@ fn run(chore: Chore) -> Result<u8> {
             lab: !args.in_process,
             names: args.names,
             fuzz_seconds: args.fuzz_seconds,
+            emulator: args.emulator,
+            all_cores: args.all_cores,
         }),
         Chore::Lab(args) => {
             let outcome = lab::run(&LabOptions {
