@@ -44,7 +44,7 @@ count_boots() {
     while [ "$left" -gt 0 ]; do
         local these=$((left < 5 ? left : 5))
         part=$((part + 1))
-        lab "boots.$part" $((60 + these * 160)) -- sh /lab/benches/boots.sh "$kernel" "$these"
+        lab "boots.$part" $((60 + these * 300)) -- sh /lab/benches/boots.sh "$kernel" "$these"
         local ended
         ended=$(grep -c '^boot: ' "$folder/boots.$part")
         [ "$ended" = "$these" ] || {

@@ -20,7 +20,7 @@ ln -s fd/1 /dev/stdout
 ln -s fd/2 /dev/stderr
 
 # KVM takes a second to load, as long as all the rest. busybox's modprobe starts faster than kmod's.
-# Emulated, a timer of a guest's local APIC that is periodic and fast would keep KVM from everything else.
+# A firmware that writes CR8 beside a fast periodic timer of its local APIC would bring the emulator down.
 {
     busybox modprobe kvm min_timer_period_us=100000
     busybox modprobe kvm_amd nested=0
