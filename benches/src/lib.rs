@@ -49,6 +49,10 @@ pub fn thread_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
+/// How much longer a measurement goes on if nothing has come: on a busy machine a peer may have to wait for its
+/// processor longer than the whole of it takes.
+pub const GRACE: Duration = Duration::from_secs(30);
+
 /// What a thread does that spins and found nothing to do: after some times it lets others run, as on a
 /// busy machine the one it waits for may be among them.
 #[derive(Debug, Default)]

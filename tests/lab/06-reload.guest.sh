@@ -7,7 +7,7 @@ for i in $(seq 10); do
     n=0
     until rmmod hv_storvsc 2>/dev/null; do
         n=$((n + 1))
-        [ $n -lt 100 ] || { echo 'hv_storvsc does not go'; exit 1; }
+        [ $n -lt 300 ] || { echo 'hv_storvsc does not go'; exit 1; }
         sleep 0.1
     done
     wait
@@ -16,7 +16,7 @@ for i in $(seq 10); do
     n=0
     until [ -b /dev/sda ] && [ "$(cat /sys/block/sda/size)" = 131072 ]; do
         n=$((n + 1))
-        [ $n -lt 100 ] || { echo 'the disk does not come back'; exit 1; }
+        [ $n -lt 300 ] || { echo 'the disk does not come back'; exit 1; }
         sleep 0.1
     done
     dd if=/dev/sda bs=64k skip=$((i * 8)) count=8 iflag=direct 2>/dev/null | cmp - /tmp/piece

@@ -1,4 +1,5 @@
 #!/bin/sh
+# kernels: cloud new
 # A synthetic NIC on a tap that partita makes: found by an unmodified kernel with a channel for each
 # processor, fit for DHCP, TCP and UDP both ways, VLANs, large MTUs and its driver's going and coming
 # while frames come in; a tap that is set down takes the link with it until it is up again, and one that
@@ -6,7 +7,7 @@
 . "$(dirname "$0")/lib.sh"
 
 host_end 52:54:00:12:34:56 "${FILE_MIB:-64}" >&2 &
-guest cloud "$here/$name.guest.sh" --cpus 2 --stats \
+guest "$KERNEL" "$here/$name.guest.sh" --cpus 2 --stats \
     --nic backend=tap:lab0,mac=52:54:00:12:34:56,mtu=9000
 healthy
 expect "^file: $(cat file.sum)"

@@ -2,7 +2,7 @@ set -e
 mkdir -p /run /var/run
 for number in 1 2 3; do
     ip netns add n$number
-    for _ in $(seq 100); do
+    for _ in $(seq 300); do
         device=$(grep -l "52:54:00:00:00:0$number" /sys/class/net/*/address 2>/dev/null) && break
         sleep 0.1
     done
@@ -24,7 +24,7 @@ mkfifo /tmp/hold
 exec 3<>/tmp/hold
 ip netns exec n2 nc -l -p 9 </tmp/hold >/tmp/came &
 listener=$!
-sleep 0.5
+listening 9 ip netns exec n2
 ip netns exec n1 nc 10.0.0.2 9 </tmp/sent
 wait $listener
 cmp /tmp/sent /tmp/came
@@ -33,9 +33,8 @@ for number in 1 2; do
     ip netns exec n$number ip link set nic mtu 9000
     ip netns exec n$number ip link set nic up
 done
-sleep 0.2
-ip netns exec n1 ping -c 3 -i 0.2 -W 5 -s 8900 10.0.0.2
+in_time ip netns exec n1 ping -c 1 -W 2 -s 8900 10.0.0.2
 
 ip netns exec n2 iperf3 -s -1 -D
-sleep 0.5
+listening 5201 ip netns exec n2
 ip netns exec n1 iperf3 -c 10.0.0.2 -t 1 -i 0 | grep -E 'sender|receiver'

@@ -45,7 +45,7 @@ for way in '2 3' '2 4' '4 3'; do
     ip netns exec "n${way#* }" ping -c 3 -i 0.2 -W 5 "10.0.1.${way% *}"
     ip netns exec "n${way% *}" nc -l -p 9 </tmp/hold >/tmp/came &
     listener=$!
-    sleep 0.5
+    listening 9 ip netns exec "n${way% *}"
     ip netns exec "n${way#* }" nc "10.0.1.${way% *}" 9 </tmp/sent
     wait $listener
     cmp /tmp/sent /tmp/came

@@ -4,7 +4,7 @@ set -e
 number=$(sed 's/.*machine=\([0-9]\).*/\1/' /proc/cmdline)
 # nic ADDRESS-ENDS-IN NETWORK
 nic() {
-    for _ in $(seq 100); do
+    for _ in $(seq 300); do
         device=$(grep -l "52:54:00:00:00:$1" /sys/class/net/*/address 2>/dev/null) && break
         sleep 0.1
     done
@@ -40,7 +40,6 @@ for other in 10.0.0.2 10.0.1.2; do
 done
 ip link set "$lan" mtu 9000
 ip link set "$lan" up
-sleep 0.2
 # The other has an MTU of 1500, which does not keep its NIC from taking longer frames.
-ping -c 2 -i 0.2 -W 10 -s 8000 10.0.0.2
+in_time ping -c 1 -W 2 -s 8000 10.0.0.2
 echo 'the end' | nc 10.0.0.2 9

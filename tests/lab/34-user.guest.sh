@@ -18,7 +18,7 @@ wget -q -O - "http://$(cat /tmp/router):8000/file" | sha256sum
 mkfifo /tmp/hold
 exec 3<>/tmp/hold
 {
-    sleep 0.5
+    listening 22
     echo 'port: open'
 } &
 nc -l -p 22 </tmp/hold | grep 'from the host'

@@ -1,13 +1,13 @@
 set -e
 nic=/sys/class/net/eth0
-for _ in $(seq 100); do
+for _ in $(seq 300); do
     [ -d $nic ] && break
     sleep 0.1
 done
 ip link set eth0 up
 ip addr replace 10.0.0.2/24 dev eth0
 ping -c 1 -W 5 10.0.0.1
-for _ in $(seq 100); do
+for _ in $(seq 300); do
     [ -d $nic/queues/tx-1 ] && break
     sleep 0.1
 done

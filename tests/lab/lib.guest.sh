@@ -15,11 +15,32 @@ filled() {
     umount /mnt
 }
 
+# listening PORT [COMMAND]...: waits until somebody listens at a TCP port, as COMMAND sees it.
+listening() {
+    port=$1
+    shift
+    for _ in $(seq 300); do
+        "$@" ss -ltn | grep -q ":$port " && return
+        sleep 0.1
+    done
+    echo "nobody listens at port $port" >&2
+    return 1
+}
+
+# in_time COMMAND...: repeats a short one until it succeeds.
+in_time() {
+    for _ in $(seq 30); do
+        "$@" && return
+        sleep 0.2
+    done
+    return 1
+}
+
 # The words below are for a NIC on a tap, whose host's end is host_end's of lib.sh. $mac is its address.
 
 # named ADDRESS: waits for the NIC that has it, and says its name.
 named() {
-    for _ in $(seq 100); do
+    for _ in $(seq 300); do
         address=$(grep -l "$1" /sys/class/net/*/address 2>/dev/null | grep -v -e /lo/ -e tagged | head -1)
         [ -n "$address" ] && break
         sleep 0.1
@@ -29,7 +50,7 @@ named() {
 
 # carrier 0|1: waits until the link is so.
 carrier() {
-    for _ in $(seq 100); do
+    for _ in $(seq 300); do
         [ "$(cat "/sys/class/net/$nic/carrier" 2>/dev/null)" = "$1" ] && return
         sleep 0.1
     done

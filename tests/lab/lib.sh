@@ -16,6 +16,8 @@ fail() {
 
 # PARTITA_OPTIONS are for every guest, such as '--synic user'.
 : "${PARTITA_OPTIONS:=}"
+# KERNEL is the one that a test which names several `# kernels:` is to boot: the first, run by hand.
+: "${KERNEL:=$(sed -n 's/^# kernels: *\([a-z]*\).*/\1/p' "$0")}"
 # KERNEL_OPTIONS are added to a guest's command line.
 : "${KERNEL_OPTIONS:=}"
 
@@ -26,7 +28,7 @@ guest() {
     kernel=$1 script=$2
     shift 2
     cat "$here/lib.guest.sh" "$script" >script
-    with-script script initrd
+    with-script script initrd "$kernel"
     {
         rc=0
         # shellcheck disable=SC2086

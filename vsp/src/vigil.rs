@@ -18,7 +18,7 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// The longest wait for work that is near, in units of the host's system-call cost.
 pub(crate) const PATIENCE: u32 = 64;
@@ -126,7 +126,7 @@ pub(crate) fn has_spare_processors(vps: u32) -> bool {
 /// eventfd. Under emulation that is fifty times what it is elsewhere, and so is all that waiting
 /// could spare.
 pub(crate) fn system_call_cost() -> io::Result<Duration> {
-    let event = EventFd::new(0)?;
+    let event = EventFd::new(EFD_CLOEXEC)?;
     let mut best = Duration::MAX;
     for _ in 0..16 {
         let before = Instant::now();

@@ -25,8 +25,11 @@ use crate::workspace;
 use cpio::Archive;
 use kernel::Kernel;
 use layers::Layers;
-use packages::{Packages, empty_folder};
+use packages::{Packages, Sysroot, empty_folder};
 
+pub(crate) use packages::Emulator;
+
+mod backports;
 mod cpio;
 mod kernel;
 mod layers;
@@ -66,6 +69,8 @@ pub(crate) struct LabOptions {
     pub(crate) partita: Option<PathBuf>,
     /// Whether L1 may use all of the host's cores.
     pub(crate) all_cores: bool,
+    /// What runs L1.
+    pub(crate) emulator: Emulator,
     /// Whether to look for newer packages.
     pub(crate) refresh: bool,
     /// The command and its arguments.
@@ -83,6 +88,7 @@ impl Default for LabOptions {
             timeout: Duration::from_secs(600),
             partita: None,
             all_cores: false,
+            emulator: Emulator::default(),
             refresh: false,
             command: Vec::new(),
         }
@@ -178,6 +184,7 @@ pub(crate) fn run_with(options: &LabOptions, sink: &mut Sink) -> Result<LabOutco
     let place = Place::take(&folder)?;
     let lock = lock(&folder)?;
     let packages = Packages::ensure(&folder, options.refresh)?;
+    let emulator = packages.emulator(options.emulator, options.refresh)?;
     let partita = match &options.partita {
         Some(path) => path.clone(),
         None => {
@@ -199,7 +206,8 @@ pub(crate) fn run_with(options: &LabOptions, sink: &mut Sink) -> Result<LabOutco
     concatenate(&stack, &run.join("initrd"))?;
     drop(lock);
     let core = (!options.all_cores).then_some(*core);
-    let l1 = L1 { run: run.clone(), core, packages: &packages, options };
+    let kernel = packages.kernels.first().context("the lab has no kernel")?;
+    let l1 = L1 { run: run.clone(), core, emulator: &emulator, kernel, options };
     let status = l1.live(sink)?;
     l1.unpack_result(out_dir)?;
     Ok(LabOutcome { status, out_dir: out_dir.clone() })
@@ -302,7 +310,9 @@ struct L1<'a> {
     /// The only core of the host that it may use: TCG's emulation of SVM changes some of a processor's state
     /// without a lock while other threads do too, and its L2 then goes on where L1 was, or nobody goes on at all.
     core: Option<usize>,
-    packages: &'a Packages,
+    /// Where its QEMU is.
+    emulator: &'a Sysroot,
+    kernel: &'a Kernel,
     options: &'a LabOptions,
 }
 
@@ -359,8 +369,7 @@ impl L1<'_> {
     }
 
     fn start(&self) -> Result<Child> {
-        let sysroot = &self.packages.sysroot;
-        let kernel = self.packages.kernels.first().context("the lab has no kernel")?;
+        let sysroot = self.emulator;
         let emulator = sysroot.command("qemu-system-x86_64", "qemu-system-x86_64")?;
         // The emulator must not outlive us, however we end.
         let mut qemu = Command::new("setpriv");
@@ -377,7 +386,7 @@ impl L1<'_> {
             .args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR])
             .args(["-smp", &self.options.cpus.to_string(), "-m", &self.options.memory])
             .arg("-kernel")
-            .arg(kernel.image())
+            .arg(self.kernel.image())
             .arg("-initrd")
             .arg(self.run.join("initrd"))
             .args(["-append", &format!("{COMMAND_LINE} tsc_early_khz={}", tsc::khz())])

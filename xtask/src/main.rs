@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
-use lab::{LabFile, LabOptions};
+use lab::{Emulator, LabFile, LabOptions};
 use test::TestOptions;
 
 mod demo;
@@ -34,8 +34,8 @@ enum Chore {
 /// Run a command beside a real KVM, on any machine
 ///
 /// Starts a Debian Linux under emulation (L1) whose KVM boots unmodified guests (L2), and runs the command there
-/// with `partita` on its PATH. In L1: /lab/cloud/vmlinuz and /lab/full/vmlinuz, Debian's kernels; /lab/initrd, an
-/// initramfs for guests on either; `with-script SCRIPT OUT`, which makes one that runs SCRIPT. What the command
+/// with `partita` on its PATH. In L1: /lab/cloud/vmlinuz and /lab/full/vmlinuz, Debian's kernels, and
+/// /lab/new/vmlinuz, its backports' for clouds; /lab/initrd, an initramfs for guests on any of them; `with-script SCRIPT OUT`, which makes one that runs SCRIPT. What the command
 /// leaves in /lab/out, and what it changes of the files given, comes back to target/lab/out. The first call brings
 /// packages by apt into target/lab, as any user, and installs nothing.
 #[derive(Args)]
@@ -63,6 +63,9 @@ struct LabArgs {
     /// loses an interrupt
     #[arg(long)]
     all_cores: bool,
+    /// What runs L1: the QEMU of the distribution's backports, if the host's mirror has it, or its own
+    #[arg(long, value_enum, default_value_t = Emulator::Backports)]
+    emulator: Emulator,
     /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
@@ -108,6 +111,12 @@ struct TestArgs {
     /// How long each fuzzer runs; 30 under CI=true and 5 elsewhere, if not given
     #[arg(long, value_name = "SECONDS")]
     fuzz_seconds: Option<u32>,
+    /// What runs the lab's machines: the QEMU of the distribution's backports, or its own
+    #[arg(long, value_enum, default_value_t = Emulator::Backports)]
+    emulator: Emulator,
+    /// Let each of the lab's machines use all of the host's cores
+    #[arg(long)]
+    all_cores: bool,
     /// Only the lab tests with one of these in their names
     #[arg(value_name = "NAME", requires = "lab")]
     names: Vec<String>,
@@ -131,6 +140,8 @@ fn run(chore: Chore) -> Result<u8> {
             lab: !args.in_process,
             names: args.names,
             fuzz_seconds: args.fuzz_seconds,
+            emulator: args.emulator,
+            all_cores: args.all_cores,
         }),
         Chore::Lab(args) => {
             let outcome = lab::run(&LabOptions {
@@ -142,6 +153,7 @@ fn run(chore: Chore) -> Result<u8> {
                 timeout: Duration::from_secs(args.timeout),
                 partita: args.partita,
                 all_cores: args.all_cores,
+                emulator: args.emulator,
                 refresh: args.refresh,
                 command: args.command,
             })?;

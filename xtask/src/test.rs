@@ -5,13 +5,17 @@
 //! guest. What cannot run here is skipped and said so; under CI=true a skip fails the run, but for
 //! the fuzzers', whose nightly toolchain is not to be had everywhere.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::fmt;
+use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
+use crate::lab::Emulator;
 use crate::workspace;
 
 mod fuzzers;
@@ -28,6 +32,10 @@ pub(crate) struct TestOptions {
     pub(crate) names: Vec<String>,
     /// How long each fuzzer runs; by default 30 s under CI and 5 s elsewhere.
     pub(crate) fuzz_seconds: Option<u32>,
+    /// What runs the lab's L1s.
+    pub(crate) emulator: Emulator,
+    /// Whether each L1 may use all of the host's cores.
+    pub(crate) all_cores: bool,
 }
 
 /// What came of the tests so far.
@@ -92,7 +100,7 @@ pub(crate) fn run(options: &TestOptions) -> Result<u8> {
         fuzzers::run(&mut tally, options.fuzz_seconds.unwrap_or(if ci { 30 } else { 5 }))?;
     }
     if options.lab {
-        lab_tests::run(&mut tally, &options.names)?;
+        lab_tests::run(&mut tally, options)?;
     }
     println!();
     for note in &tally.notes {
@@ -157,12 +165,11 @@ fn cargo_test(tally: &mut Tally, command: &mut Command, what: &str) -> Result<()
     tally.passed += counts.passed;
     tally.failed += counts.failed;
     if counts.failed > 0 {
-        let names = output.lines().filter_map(|line| {
-            line.strip_prefix("test ")?
-                .strip_suffix(" ... FAILED")
-                .map(|name| format!("failed: {name}"))
-        });
-        tally.notes.extend(names);
+        tally.notes.extend(failed_tests(&output).map(|name| format!("failed: {name}")));
+        for line in how_to_repeat(&output) {
+            tally.note(format_args!("  {line}"));
+        }
+        tally.note(format_args!("  all of it: {}", keep(what, &output)));
     } else if !success {
         tally.fail(format_args!("{what} did not run to its end"));
     } else if counts.passed == 0 {
@@ -172,6 +179,39 @@ fn cargo_test(tally: &mut Tally, command: &mut Command, what: &str) -> Result<()
         tally.skip(counts.ignored, format_args!("{} ignored in {what}", counts.ignored));
     }
     Ok(())
+}
+
+/// The tests that failed, by what libtest wrote.
+fn failed_tests(output: &str) -> impl Iterator<Item = &str> {
+    output.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"))
+}
+
+/// The most lines that are shown of what says how to repeat a failure.
+const HINTS: usize = 10;
+
+/// What failed tests said about the seed or the input by which they failed, each line once.
+fn how_to_repeat(output: &str) -> Vec<&str> {
+    let mut known = BTreeSet::new();
+    let words = ["seed", "minimal failing input", "regressions"];
+    output
+        .lines()
+        .map(str::trim)
+        .filter(|line| words.iter().any(|word| line.contains(word)) && !line.starts_with("test "))
+        .filter(|line| known.insert(*line))
+        .take(HINTS)
+        .collect()
+}
+
+/// Keeps what a step said in a file, and says which.
+fn keep(what: &str, output: &str) -> String {
+    let name: String =
+        what.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
+    let path: PathBuf = workspace::target_dir().join("test-logs").join(format!("{name}.log"));
+    let kept = path.parent().map_or(Ok(()), fs::create_dir_all);
+    match kept.and_then(|()| fs::write(&path, output)) {
+        Ok(()) => path.display().to_string(),
+        Err(error) => format!("not kept in {}: {error}", path.display()),
+    }
 }
 
 /// What the "test result" lines of a `cargo test` add up to.
@@ -240,6 +280,18 @@ mod tests {
             test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.05s\n\
             test result: FAILED. 11 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s\n";
         assert_eq!(Counts::of(output), Counts { passed: 13, failed: 3, ignored: 1 });
+    }
+
+    #[test]
+    fn a_failure_is_told_with_what_repeats_it() {
+        let output = "test a_seed_is_taken ... ok\ntest b ... FAILED\ntest result: FAILED. 1 passed; 1 failed\n\
+            ---- b stdout ----\nthread 'b' panicked at b.rs:1:2:\n  seed=17 broke it\nseed=17 broke it\n\
+            minimal failing input: order = [1]\n";
+        assert_eq!(failed_tests(output).collect::<Vec<_>>(), ["b"]);
+        assert_eq!(
+            how_to_repeat(output),
+            ["seed=17 broke it", "minimal failing input: order = [1]"]
+        );
     }
 
     #[test]

@@ -20,13 +20,14 @@
 
 use std::ffi::CStr;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
-use rustix::io::FdFlags;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// The kind of memory a guest got, best first.
@@ -114,10 +115,16 @@ fn in_user_namespace(make: impl FnOnce() -> io::Result<File>) -> io::Result<File
     if status != 0 {
         return Err(io::Error::other("a user namespace of its own does not help"));
     }
-    let (_, file) = ours.recv_with_fd(&mut [0_u8; 1])?;
-    let file = file.ok_or(io::ErrorKind::UnexpectedEof)?;
-    rustix::io::fcntl_setfd(&file, FdFlags::CLOEXEC)?;
-    Ok(file)
+    // Closed in whatever child starts a program from here on.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0_u8; 1];
+    recvmsg(&ours, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let file = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+        _ => None,
+    });
+    Ok(file.ok_or(io::ErrorKind::UnexpectedEof)?.into())
 }
 
 /// Makes the calling process root in new user and mount namespaces.

@@ -230,10 +230,14 @@ fn discovery() -> Vec<u8> {
 /// passt offers an address, and leads a connection to the host's port to the guest.
 #[test]
 fn passt_serves_a_guest() {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let address = "127.0.0.1".parse().unwrap();
-    let forward = Forward { protocol: Protocol::Tcp, address, host: port, guest: 8080 };
-    let user = match User::start(1500, &[forward]) {
+    // A port that is free may be another's a moment later.
+    let start = || {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let forward = Forward { protocol: Protocol::Tcp, address, host: port, guest: 8080 };
+        User::start(1500, &[forward]).map(|user| (user, port))
+    };
+    let (user, port) = match start().or_else(|_| start()).or_else(|_| start()) {
         Ok(user) => user,
         Err(error @ StartError::Missing) => return eprintln!("skipped: {error}"),
         Err(error) => panic!("{error}"),

@@ -1,7 +1,7 @@
 //! Debian's kernels and the modules of theirs that the lab takes along.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -15,12 +15,23 @@ pub(crate) struct Flavour {
     pub(crate) name: &'static str,
     /// The metapackage that depends on its newest version.
     pub(crate) package: &'static str,
+    /// Whether it is the backports', where there are any.
+    pub(crate) backported: bool,
+}
+
+impl Flavour {
+    /// What decides which package is fetched for it.
+    pub(crate) fn wanted(&self) -> String {
+        let from = if self.backported { "/backports" } else { "" };
+        format!("{}:{}{from}", self.name, self.package)
+    }
 }
 
 /// The kernels of the lab. The first is L1's own.
 pub(crate) const FLAVOURS: &[Flavour] = &[
-    Flavour { name: "cloud", package: "linux-image-cloud-amd64" },
-    Flavour { name: "full", package: "linux-image-amd64" },
+    Flavour { name: "cloud", package: "linux-image-cloud-amd64", backported: false },
+    Flavour { name: "full", package: "linux-image-amd64", backported: false },
+    Flavour { name: "new", package: "linux-image-cloud-amd64", backported: true },
 ];
 
 /// Modules for a guest's devices, by kind. A kernel that has one built in, or has none, goes without.
@@ -110,12 +121,22 @@ impl Kernel {
 
         empty_folder(scratch)?;
         let some = scratch.join(&inside);
-        for path in &selection {
-            let to = some.join(path);
-            fs::create_dir_all(to.parent().unwrap_or(&some))?;
-            fs::copy(all.join(path), to)
+        let selection: Vec<String> = selection
+            .iter()
+            .map(|path| {
+                // What is packed would be unpacked by each guest anew.
+                let packed = path.strip_suffix(".xz");
+                let plain = packed.unwrap_or(path);
+                let (from, to) = (all.join(path), some.join(plain));
+                fs::create_dir_all(to.parent().unwrap_or(&some))?;
+                match packed {
+                    Some(_) => unpack(&from, &to, sysroot),
+                    None => fs::copy(&from, &to).map(drop).map_err(Into::into),
+                }
                 .with_context(|| format!("could not copy module {path}"))?;
-        }
+                Ok(plain.to_owned())
+            })
+            .collect::<Result<_>>()?;
         // depmod reads these three beside the modules: what is built in, and in which order to prefer modules.
         for list in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
             fs::copy(all.join(list), some.join(list))
@@ -145,6 +166,21 @@ impl Kernel {
         }
         Ok(())
     }
+}
+
+/// Unpacks a file that was packed by xz.
+fn unpack(from: &Path, to: &Path, sysroot: &Sysroot) -> Result<()> {
+    let status = sysroot
+        .command("xz", "xz")?
+        .args(["--decompress", "--stdout"])
+        .arg(from)
+        .stdout(File::create(to)?)
+        .status()
+        .context("could not start xz")?;
+    if !status.success() {
+        bail!("xz failed with {status}");
+    }
+    Ok(())
 }
 
 /// The paths of these modules and of those they depend on, from the text of a `modules.dep`.

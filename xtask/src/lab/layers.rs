@@ -1,6 +1,7 @@
 //! What is in L1 and in its guests: initramfs layers, made once and kept as long as what they are made of.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::PermissionsExt;
@@ -10,9 +11,9 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::cpio::Archive;
-use super::kernel::{GUEST_MODULES, L1_MODULES};
+use super::kernel::{GUEST_MODULES, Kernel, L1_MODULES};
 use super::packages::{LOADER, Packages, empty_folder, file_name, libraries_listed_by};
-use super::{LabFile, stand_ins};
+use super::{LabFile, concatenate, stand_ins};
 use crate::progress;
 
 /// What the layers are made by: with the packages' versions, all that decides their content.
@@ -75,23 +76,48 @@ impl<'a> Layers<'a> {
         Ok(Self { packages, folder })
     }
 
-    /// The guest's whole initramfs.
+    /// The guest's whole initramfs, for each of the kernels.
     pub(crate) fn guest(&self) -> Result<PathBuf> {
-        self.cached("guest", |archive| {
+        let parts: Vec<_> = self.guest_parts()?.into_iter().map(|(_, part)| part).collect();
+        self.cached("guest", |whole| concatenate(&parts, whole))
+    }
+
+    /// What the guest's initramfs is put together of: first what all kernels need, then each one's modules, by its
+    /// name. All lengths are multiples of 512 bytes.
+    fn guest_parts(&self) -> Result<Vec<(&'static str, PathBuf)>> {
+        let base = self.cached_archive("guest-programs", |archive| {
             self.add_basics(archive, GUEST_INIT)?;
             self.add_programs(archive, TOOLS)?;
-            self.add_modules(archive, GUEST_MODULES, self.packages.kernels.len())?;
             archive.file("usr/bin/wait-for", 0o755, WAIT_FOR.as_bytes())
-        })
+        })?;
+        let mut parts = vec![("programs", base)];
+        for kernel in &self.packages.kernels {
+            let name = kernel.flavour.name;
+            let modules = self.cached_archive(&format!("guest-{name}"), |archive| {
+                self.add_modules(archive, GUEST_MODULES, kernel)
+            })?;
+            parts.push((name, modules));
+        }
+        Ok(parts)
     }
 
     /// The part of L1's that every call has.
     pub(crate) fn l1(&self) -> Result<PathBuf> {
         let guest = self.guest()?;
-        self.cached("l1", |archive| {
+        let mut parts = String::new();
+        let mut offset = 0;
+        for (name, path) in self.guest_parts()? {
+            let length = path.metadata()?.len();
+            writeln!(parts, "{name} {offset} {length}")?;
+            offset += length;
+        }
+        self.cached_archive("l1", |archive| {
             self.add_basics(archive, L1_INIT)?;
             self.add_programs(archive, &[TOOLS, L1_TOOLS].concat())?;
-            self.add_modules(archive, L1_MODULES, 1)?;
+            if let Some(kernel) = self.packages.kernels.first() {
+                self.add_modules(archive, L1_MODULES, kernel)?;
+            }
+            archive.file("lab/parts", 0o644, parts.as_bytes())?;
             archive.file("lab/bin/script-layer", 0o755, SCRIPT_LAYER.as_bytes())?;
             archive.file("lab/bin/with-script", 0o755, WITH_SCRIPT.as_bytes())?;
             archive.file("lab/bin/wait-for", 0o755, WAIT_FOR.as_bytes())?;
@@ -104,7 +130,7 @@ impl<'a> Layers<'a> {
 
     /// The emulator and its firmware for L1.
     pub(crate) fn peers(&self) -> Result<PathBuf> {
-        self.cached("peers", |archive| {
+        self.cached_archive("peers", |archive| {
             self.add_programs(archive, PEERS)?;
             for (folder, beginnings) in FIRMWARE {
                 for entry in fs::read_dir(self.packages.sysroot.path(folder))? {
@@ -147,8 +173,21 @@ impl<'a> Layers<'a> {
         Ok(path)
     }
 
+    /// The layer of this name as an archive of its own.
+    fn cached_archive(
+        &self,
+        name: &str,
+        make: impl FnOnce(&mut Archive) -> Result<()>,
+    ) -> Result<PathBuf> {
+        self.cached(name, |layer| {
+            let mut archive = Archive::create(layer)?;
+            make(&mut archive)?;
+            archive.finish().map(drop)
+        })
+    }
+
     /// The layer of this name, made anew if what it is made of has changed.
-    fn cached(&self, name: &str, make: impl FnOnce(&mut Archive) -> Result<()>) -> Result<PathBuf> {
+    fn cached(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let mut hasher = DefaultHasher::new();
         (RECIPE, &self.packages.versions).hash(&mut hasher);
         let recipe = format!("{:016x}", hasher.finish());
@@ -160,9 +199,7 @@ impl<'a> Layers<'a> {
         }
         let _step = progress::step(format!("lab: making the {name} layer"));
         let _ = fs::remove_file(&stamp);
-        let mut archive = Archive::create(&layer)?;
-        make(&mut archive).with_context(|| format!("could not make the {name} layer"))?;
-        archive.finish()?;
+        make(&layer).with_context(|| format!("could not make the {name} layer"))?;
         fs::write(&stamp, recipe)?;
         Ok(layer)
     }
@@ -232,13 +269,10 @@ impl<'a> Layers<'a> {
         programs.chain(libraries).collect()
     }
 
-    /// These modules of the first `kernels` kernels.
-    fn add_modules(&self, archive: &mut Archive, modules: &[&str], kernels: usize) -> Result<()> {
+    /// These modules of a kernel.
+    fn add_modules(&self, archive: &mut Archive, modules: &[&str], kernel: &Kernel) -> Result<()> {
         let scratch = self.folder.join("modules");
-        for kernel in &self.packages.kernels[..kernels] {
-            kernel.add_modules(archive, modules, &self.packages.sysroot, &scratch)?;
-        }
-        Ok(())
+        kernel.add_modules(archive, modules, &self.packages.sysroot, &scratch)
     }
 
     /// The host's libraries that a program built here loads. Where the host's libc is not the one of the packages, all

@@ -2,8 +2,8 @@
 //!
 //! Nothing is installed on the host and no root is needed: apt runs with its lists, its archive and its idea of
 //! what is installed (nothing) in the lab's folder, and gives the packages below with all they depend on, in
-//! the versions of the host's own sources. They are unpacked into a [`Sysroot`], whose programs run through the
-//! dynamic loader that came with them.
+//! the versions of the host's own sources; the emulator and a newer kernel in those of [`backports`]. They are
+//! unpacked into a [`Sysroot`], whose programs run through the dynamic loader that came with them.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use super::backports;
 use super::kernel::{FLAVOURS, Flavour, Kernel};
 use crate::progress;
 
@@ -35,7 +36,21 @@ const PACKAGES: &[&str] = &[
     "tcpdump",
     "util-linux",
     "xorriso",
+    "xz-utils",
 ];
+
+/// Which emulator runs L1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Emulator {
+    /// The one of the distribution's backports, or if there are none, its own.
+    #[default]
+    Backports,
+    /// The distribution's own, to compare with.
+    Distribution,
+}
+
+/// The emulator's own package.
+const EMULATOR: &[&str] = &["qemu-system-x86"];
 
 /// Dependencies that no program of the lab runs: maintainer scripts' needs, and what only fio's engines for
 /// remote storage use (see `stand_ins`). Names begin with these.
@@ -68,40 +83,86 @@ pub(crate) struct Packages {
     pub(crate) kernels: Vec<Kernel>,
     /// The exact versions, one `name=version` a line: with them, what is made from the packages is known.
     pub(crate) versions: String,
+    folder: PathBuf,
 }
 
 impl Packages {
     /// The packages in `folder`, brought there by apt if they are not there yet, or with `refresh`, brought anew.
     pub(crate) fn ensure(folder: &Path, refresh: bool) -> Result<Self> {
-        let stamp = folder.join("packages.txt");
-        let wanted = format!("{} {}\n", PACKAGES.join(" "), UNUSED.join(" "));
-        let known = fs::read_to_string(&stamp).unwrap_or_default();
-        let versions = match known.strip_prefix(&wanted) {
-            Some(versions) if !refresh => versions.to_owned(),
-            _ => {
-                let _ = fs::remove_file(&stamp);
-                let versions = fetch(folder)?;
-                fs::write(&stamp, format!("{wanted}{versions}"))?;
-                versions
-            }
-        };
+        // All that decides what is fetched: an older checkout's packages are not taken for these.
+        let kernels: Vec<_> = FLAVOURS.iter().map(Flavour::wanted).collect();
+        let wanted = [PACKAGES, UNUSED, backports::PINNED].map(|names| names.join(" ")).join(" ");
+        let wanted = format!("{wanted} {}", kernels.join(" "));
+        let versions = kept(&folder.join("packages.txt"), &wanted, refresh, || fetch(folder))?;
         let kernels = FLAVOURS
             .iter()
             .map(|flavour| Kernel::find(flavour, &folder.join("kernels").join(flavour.name)))
             .collect::<Result<_>>()?;
-        Ok(Self { sysroot: Sysroot { root: folder.join("sysroot") }, kernels, versions })
+        let sysroot = Sysroot { root: folder.join("sysroot") };
+        Ok(Self { sysroot, kernels, versions, folder: folder.to_owned() })
+    }
+
+    /// The packages with the emulator for L1.
+    pub(crate) fn emulator(&self, which: Emulator, refresh: bool) -> Result<Sysroot> {
+        let name = match which {
+            Emulator::Backports => "sysroot",
+            Emulator::Distribution => "emulator",
+        };
+        let root = self.folder.join(name);
+        if which == Emulator::Distribution {
+            let stamp = self.folder.join("emulator.txt");
+            kept(&stamp, &EMULATOR.join(" "), refresh, || fetch_emulator(&self.folder, &root))?;
+        }
+        Ok(Sysroot { root })
     }
 }
 
-/// Downloads and unpacks everything; returns the versions.
-fn fetch(folder: &Path) -> Result<String> {
+/// What `stamp` has kept of what `fetch` once returned for what is wanted, or what it returns now.
+fn kept(
+    stamp: &Path,
+    wanted: &str,
+    refresh: bool,
+    fetch: impl FnOnce() -> Result<String>,
+) -> Result<String> {
+    let known = fs::read_to_string(stamp).unwrap_or_default();
+    match known.split_once('\n') {
+        Some((had, versions)) if had == wanted && !refresh => Ok(versions.to_owned()),
+        _ => {
+            let _ = fs::remove_file(stamp);
+            let versions = fetch()?;
+            fs::write(stamp, format!("{wanted}\n{versions}"))?;
+            Ok(versions)
+        }
+    }
+}
+
+/// Downloads and unpacks the distribution's own emulator; returns the versions.
+fn fetch_emulator(folder: &Path, root: &Path) -> Result<String> {
     let apt = Apt::new(&folder.join("apt"))?;
     {
         let _step = progress::step("lab: updating apt's lists");
         apt.update()?;
     }
-    let mut specs = apt.closure(PACKAGES)?;
-    specs.retain(|spec| !UNUSED.iter().any(|unused| spec.starts_with(unused)));
+    let specs = apt.tools(EMULATOR)?;
+    let step = progress::step(format!("lab: downloading {} packages", specs.len()));
+    let tools = apt.download("tools", &specs)?;
+    drop(step);
+    unpack(&tools, root)?;
+    apt.forget()?;
+    Ok(specs.join("\n"))
+}
+
+/// Downloads and unpacks everything; returns the versions.
+fn fetch(folder: &Path) -> Result<String> {
+    let mut apt = Apt::new(&folder.join("apt"))?;
+    {
+        let _step = progress::step("lab: updating apt's lists");
+        apt.update()?;
+        if let Err(error) = apt.take_backports() {
+            eprintln!("lab: the distribution's own emulator and kernel have to do: {error:#}");
+        }
+    }
+    let mut specs = apt.tools(PACKAGES)?;
     let kernels =
         FLAVOURS.iter().map(|flavour| apt.kernel_package(flavour)).collect::<Result<Vec<_>>>()?;
 
@@ -122,7 +183,7 @@ fn fetch(folder: &Path) -> Result<String> {
         images.iter().flatten().filter_map(|deb| Some(deb.file_name()?.to_string_lossy().into())),
     );
     specs.sort();
-    fs::remove_dir_all(folder.join("apt"))?;
+    apt.forget()?;
     Ok(specs.join("\n"))
 }
 
@@ -155,20 +216,48 @@ pub(crate) fn empty_folder(path: &Path) -> Result<()> {
 /// An apt with state of its own.
 struct Apt {
     folder: PathBuf,
+    /// The suite of backports, if there is one.
+    backports: Option<String>,
 }
 
 impl Apt {
     fn new(folder: &Path) -> Result<Self> {
+        empty_folder(folder)?;
         for sub in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(folder.join(sub))?;
         }
         // Nothing counts as installed, so dependencies come out whole.
         fs::write(folder.join("status"), "")?;
-        Ok(Self { folder: folder.to_owned() })
+        Ok(Self { folder: folder.to_owned(), backports: None })
+    }
+
+    /// Removes all that it has fetched.
+    fn forget(self) -> Result<()> {
+        fs::remove_dir_all(self.folder).context("could not empty the lab's folder")
+    }
+
+    /// From here on the emulator's packages, and the kernels that want it, are those of the backports that the host's
+    /// mirror has. Without any, all stays as it was.
+    fn take_backports(&mut self) -> Result<()> {
+        let suite = backports::add(&self.folder)?;
+        let updated = self.with_sources("apt-get", Some(&suite));
+        self.run({ updated }.arg("update"), "update its lists with the backports'")?;
+        self.backports = Some(suite);
+        Ok(())
     }
 
     fn command(&self, program: &str) -> Command {
+        self.with_sources(program, self.backports.as_deref())
+    }
+
+    /// A command that knows the host's sources, and these backports.
+    fn with_sources(&self, program: &str, backports: Option<&str>) -> Command {
         let mut command = Command::new(program);
+        if backports.is_some() {
+            for option in backports::options(&self.folder) {
+                command.args(["-o", &option]);
+            }
+        }
         let folder = self.folder.display();
         for option in [
             format!("Dir::State::status={folder}/status"),
@@ -204,6 +293,13 @@ impl Apt {
         self.run(self.command("apt-get").arg("update"), "update its lists").map(drop)
     }
 
+    /// These packages and what they depend on, without what nobody runs.
+    fn tools(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let mut specs = self.closure(packages)?;
+        specs.retain(|spec| !UNUSED.iter().any(|unused| spec.starts_with(unused)));
+        Ok(specs)
+    }
+
     /// These packages and all they depend on, as `name=version`, taken from the file names apt would fetch.
     fn closure(&self, packages: &[&str]) -> Result<Vec<String>> {
         let listing = self.run(
@@ -227,8 +323,12 @@ impl Apt {
 
     /// The package of the newest kernel of a flavour, which its metapackage depends on.
     fn kernel_package(&self, flavour: &Flavour) -> Result<String> {
+        let mut command = self.command("apt-cache");
+        if let Some(suite) = self.backports.as_ref().filter(|_| flavour.backported) {
+            command.args(["--target-release", suite]);
+        }
         let listing = self.run(
-            self.command("apt-cache").args(["depends", flavour.package]),
+            command.args(["depends", flavour.package]),
             &format!("find the kernel package {}", flavour.package),
         )?;
         listing

@@ -82,7 +82,10 @@ fn report(tally: &mut Tally, target: &str, output: &Output) {
         tally.pass();
     } else {
         print!("{log}");
-        tally.fail(format_args!("fuzzer {target}"));
+        // "Test unit written to fuzz/artifacts/TARGET/crash-…"
+        let input = log.lines().find_map(|line| line.split_once("Test unit written to "));
+        let input = input.map_or("no input was kept", |(_, path)| path.trim());
+        tally.fail(format_args!("fuzzer {target}: {input}"));
     }
 }
 

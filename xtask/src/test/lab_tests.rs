@@ -1,12 +1,13 @@
 //! The lab's tests: shell scripts of `tests/lab` that run in L1, each in one of its own.
 //!
 //! A test is `NAME.sh`; `NAME.guest.sh` beside it is what its guests run. It passes if it exits
-//! with 0.
+//! with 0. One whose script has a line `# kernels: A B` runs once for each of these kernels, as `NAME@A` and
+//! `NAME@B`, with `KERNEL` in its environment.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -14,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::{Tally, heading, programs};
-use crate::lab::{self, LabFile, LabOptions};
+use super::{Tally, TestOptions, heading, programs};
+use crate::lab::{self, Emulator, LabFile, LabOptions};
 use crate::workspace;
 
 /// Runs the tests it is given, with a line before and after each.
@@ -35,9 +36,10 @@ const SECOND_CHANCES: u32 = 2;
 /// How many lines of a failed test are shown.
 const TAIL: usize = 40;
 
-/// Runs the lab tests whose names hold one of `names`, or all.
-pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
+/// Runs the lab tests whose names hold one of those that are asked for, or all.
+pub(super) fn run(tally: &mut Tally, options: &TestOptions) -> Result<()> {
     heading("the lab");
+    let TestOptions { names, emulator, all_cores, .. } = options;
     let folder = workspace::root().join("tests/lab");
     let mut tests = list(&folder)?;
     if !names.is_empty() {
@@ -53,9 +55,14 @@ pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
         return Ok(());
     }
 
+    // So that at the end nobody waits for one that has begun late.
+    longest_first(&mut tests, &fs::read_to_string(record()).unwrap_or_default());
+
     // Each L1 has a core of the host, so that several run side by side.
     let round = Round {
         folder,
+        emulator: *emulator,
+        all_cores: *all_cores,
         left: Mutex::new(tests.into()),
         second_chances: AtomicU32::new(SECOND_CHANCES),
         tally: Mutex::new(tally),
@@ -72,6 +79,8 @@ pub(super) fn run(tally: &mut Tally, names: &[String]) -> Result<()> {
 struct Round<'a> {
     /// Where the tests are.
     folder: PathBuf,
+    emulator: Emulator,
+    all_cores: bool,
     left: Mutex<VecDeque<String>>,
     /// How many tests may still have a second chance.
     second_chances: AtomicU32,
@@ -95,23 +104,26 @@ impl Round<'_> {
             let chance = |left: u32| left.checked_sub(1);
             let left = &self.second_chances;
             if left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, chance).is_err() {
-                lock(&self.tally).fail(format_args!("lab test {test}: {first}"));
+                lock(&self.tally).fail(format_args!("lab test {test}: {first}{}", kept(&test)));
                 continue;
             }
             println!("once more {test}");
             match self.ran(&test, &files) {
                 Ok(()) => lock(&self.tally).note(format_args!(
-                    "passed only the second time: lab test {test}; at first: {first}"
+                    "passed only the second time: lab test {test}; at first: {first}{}",
+                    kept(&test)
                 )),
-                Err(second) => lock(&self.tally)
-                    .fail(format_args!("lab test {test}: {second}; at first: {first}")),
+                Err(second) => lock(&self.tally).fail(format_args!(
+                    "lab test {test}: {second}; at first: {first}{}",
+                    kept(&test)
+                )),
             }
         }
     }
 
     /// What a test takes along: all the scripts, and the test programs it names.
     fn files_of(&self, test: &str) -> Result<Vec<LabFile>> {
-        let mut files = programs::wanted_by(&self.folder.join(format!("{test}.sh")))?;
+        let mut files = programs::wanted_by(&self.folder.join(format!("{}.sh", script_of(test))))?;
         let destination = "/lab/tests".to_owned();
         files.push(LabFile { source: self.folder.clone(), destination });
         Ok(files)
@@ -124,15 +136,22 @@ impl Round<'_> {
         let options = LabOptions {
             files: files.to_vec(),
             timeout: Duration::from_secs(LIMIT + GRACE),
+            emulator: self.emulator,
+            all_cores: self.all_cores,
             command: arguments.map(str::to_owned).to_vec(),
             ..LabOptions::default()
         };
         let mut report = Report::new(&self.tally);
+        let began = Instant::now();
         let outcome = lab::run_with(&options, &mut |text| report.take(text));
         let Report { ended, under_way, .. } = report;
         match outcome {
             Ok(_) => match ended.iter().find(|(name, _)| name == test) {
-                Some((_, status)) if status == "0" => Ok(()),
+                Some((_, status)) if status == "0" => {
+                    let _tally = lock(&self.tally);
+                    remember(test, began.elapsed().as_secs_f64());
+                    Ok(())
+                }
                 Some((_, status)) => Err(format!("status {status}")),
                 None => Err("the lab did not run it".to_owned()),
             },
@@ -148,12 +167,26 @@ impl Round<'_> {
     }
 }
 
+/// The file with all that a test's last failure wrote.
+fn log(test: &str) -> PathBuf {
+    workspace::target_dir().join("lab").join(format!("{test}.log"))
+}
+
+/// Where to look for what a failed test wrote, at the end of a line.
+fn kept(test: &str) -> String {
+    let log = log(test);
+    if log.exists() { format!("; all of it: {}", log.display()) } else { String::new() }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What the line begins with that names a test's kernels.
+const KERNELS: &str = "# kernels: ";
+
 /// The names of the tests, in order.
-fn list(folder: &PathBuf) -> Result<Vec<String>> {
+fn list(folder: &Path) -> Result<Vec<String>> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("could not list {}", folder.display()))?;
     let mut names = Vec::new();
@@ -164,11 +197,57 @@ fn list(folder: &PathBuf) -> Result<Vec<String>> {
             && name.starts_with(|first: char| first.is_ascii_digit())
             && !name.ends_with(".guest")
         {
-            names.push(name.to_owned());
+            let script = folder.join(&file);
+            let text = fs::read_to_string(&script)
+                .with_context(|| format!("could not read {}", script.display()))?;
+            names.extend(runs_of(name, &text));
         }
     }
     names.sort();
     Ok(names)
+}
+
+/// The test's own name, or one for each kernel that its script names.
+fn runs_of(name: &str, script: &str) -> Vec<String> {
+    let kernels = script.lines().find_map(|line| line.strip_prefix(KERNELS));
+    match kernels {
+        Some(kernels) => {
+            kernels.split_whitespace().map(|kernel| format!("{name}@{kernel}")).collect()
+        }
+        None => vec![name.to_owned()],
+    }
+}
+
+/// The file with what each test took when it last passed, a line `NAME SECONDS` for each.
+fn record() -> PathBuf {
+    workspace::target_dir().join("lab/seconds.txt")
+}
+
+/// Orders tests by what they took, the longest first. One that is not known may take long; of those the last
+/// come first, as they have NICs and most to do.
+fn longest_first(tests: &mut [String], record: &str) {
+    let took: BTreeMap<&str, f64> = record
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter_map(|(name, seconds)| Some((name, seconds.parse().ok()?)))
+        .collect();
+    tests.sort_by(|a, b| {
+        let took = |name: &String| took.get(name.as_str()).copied().unwrap_or(f64::INFINITY);
+        took(b).total_cmp(&took(a)).then_with(|| b.cmp(a))
+    });
+}
+
+/// Takes down what a test took; without that, the next run's order is another.
+fn remember(test: &str, seconds: f64) {
+    let known = fs::read_to_string(record()).unwrap_or_default();
+    let others = known.lines().filter(|line| line.split(' ').next() != Some(test));
+    let lines: String = others.map(|line| format!("{line}\n")).collect();
+    let _ = fs::write(record(), format!("{lines}{test} {seconds:.1}\n"));
+}
+
+/// The name of a run's script, without its kernel.
+fn script_of(test: &str) -> &str {
+    test.split_once('@').map_or(test, |(script, _)| script)
 }
 
 fn first_line(error: &anyhow::Error) -> String {
@@ -185,7 +264,7 @@ struct UnderWay {
 impl UnderWay {
     /// Shows the end of what a failed test wrote, and keeps all of it in a file.
     fn show_end(&self) {
-        let log = workspace::target_dir().join("lab").join(format!("{}.log", self.name));
+        let log = log(&self.name);
         let lines: Vec<_> = self.output.lines().collect();
         let mut text = lines[lines.len().saturating_sub(TAIL)..].join("\n");
         let _ = match fs::write(&log, &self.output) {
@@ -253,6 +332,22 @@ impl<'a, 'b> Report<'a, 'b> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_test_runs_with_each_kernel_that_it_names() {
+        assert_eq!(runs_of("01-a", "#!/bin/sh\n# Shows it.\n"), ["01-a"]);
+        let named = "#!/bin/sh\n# kernels: cloud new\n";
+        assert_eq!(runs_of("01-a", named), ["01-a@cloud", "01-a@new"]);
+        assert_eq!(script_of("01-a@new"), "01-a");
+        assert_eq!(script_of("01-a"), "01-a");
+    }
+
+    #[test]
+    fn the_longest_test_begins_first_and_what_is_unknown_before_it() {
+        let mut tests = ["01-a", "02-b", "03-c", "04-d", "05-e"].map(str::to_owned);
+        longest_first(&mut tests, "01-a 9.5\n03-c 70.0\n04-d no number\n09-gone 1\n");
+        assert_eq!(tests, ["05-e", "04-d", "02-b", "03-c", "01-a"]);
+    }
 
     #[test]
     fn a_report_counts_by_the_runners_lines_in_whatever_pieces_they_come() {

@@ -5,12 +5,15 @@
 //! It is started with one end of a [`Stream`] and ends with it, however its machine ends. Signals to
 //! the machine's process group, a terminal's Ctrl-C or what `timeout` sends, do not reach it: a guest
 //! that shuts down has its network until it is off.
+//!
+//! `unsafe` runs a system call between fork and exec: no other way hands a descriptor to one child alone.
+#![allow(unsafe_code)]
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -18,6 +21,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
+use rustix::io::FdFlags;
 
 use super::stream::Stream;
 use super::{Link, Network, Offloads, Queue, QueueConfig};
@@ -73,6 +77,9 @@ pub enum StartError {
     Silent { source: io::Error },
 }
 
+/// The first descriptor that is not one of a program's standard ones.
+const FIRST_DESCRIPTOR: i32 = 3;
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct User {
@@ -89,13 +96,22 @@ impl User {
     fn start_program(program: &str, mtu: u16, forwards: &[Forward]) -> Result<Self, StartError> {
         let failed = |source: io::Error| StartError::Prepare { source };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        // This one is not closed when the program starts.
-        let inherited = rustix::io::dup(&theirs).map_err(|errno| failed(errno.into()))?;
+        let inherited = rustix::io::fcntl_dupfd_cloexec(&theirs, FIRST_DESCRIPTOR)
+            .map_err(|errno| failed(errno.into()))?;
+        let number = inherited.as_raw_fd();
         let said = rustix::fs::memfd_create("passt", MemfdFlags::CLOEXEC);
         let said = File::from(said.map_err(|errno| failed(errno.into()))?);
         let mut command = Command::new(program);
         command.args(["--foreground", "--quiet", "--stderr"]);
-        command.arg("--fd").arg(inherited.as_raw_fd().to_string());
+        command.arg("--fd").arg(number.to_string());
+        let keep = move || {
+            // SAFETY: the parent has the descriptor open until the program runs, and so has its child.
+            let inherited = unsafe { BorrowedFd::borrow_raw(number) };
+            Ok(rustix::io::fcntl_setfd(inherited, FdFlags::empty())?)
+        };
+        // Only passt keeps this one: another child would keep the stream open when passt has ended.
+        // SAFETY: the call is one that a signal handler may make.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, keep) };
         command.arg("--mtu").arg(mtu.to_string());
         for (protocol, option) in [(Protocol::Tcp, "-t"), (Protocol::Udp, "-u")] {
             let mut any = false;
@@ -274,6 +290,23 @@ mod tests {
         assert_eq!(error.to_string(), "passt ended: it did not say why");
         let error = User::start_program("/bin/ls", 1500, &[]).unwrap_err();
         assert!(matches!(&error, StartError::Ended { said } if said.contains("ls")), "{error}");
+    }
+
+    /// If they did, the stream would stay open though its program has ended.
+    #[test]
+    fn other_children_do_not_keep_the_programs_end() {
+        let children = std::thread::spawn(|| -> Vec<Child> {
+            (0..40).map(|_| Command::new("sleep").arg("60").spawn().unwrap()).collect()
+        });
+        let mut said = Vec::new();
+        while !children.is_finished() || said.is_empty() {
+            said.push(User::start_program("/bin/false", 1500, &[]).unwrap_err().to_string());
+        }
+        for mut child in children.join().unwrap() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        assert!(said.iter().all(|said| said == "passt ended: it did not say why"), "{said:?}");
     }
 
     #[test]
