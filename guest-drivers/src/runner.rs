@@ -15,6 +15,7 @@ mod bench;
 mod checksum;
 mod exchange;
 mod flow;
+mod hostile;
 mod nics;
 mod parts;
 mod random;
@@ -22,6 +23,7 @@ mod verify;
 
 use core::fmt::Display;
 
+pub use hostile::Silence;
 use nics::Nics;
 use parts::Seat;
 use thiserror::Error;
@@ -165,6 +167,14 @@ pub enum RunError {
     /// A driver that speaks of what was not asked.
     #[error("the driver ended a request that was not made")]
     Unasked,
+    /// A hostile guest is not served any more.
+    #[error("{silence}; it was so after `hostile seed={seed} rounds=1`")]
+    Hostile {
+        /// Of the round.
+        seed: u64,
+        /// What is silent.
+        silence: Silence,
+    },
     /// What was read is not what was written.
     #[error("byte {byte} of the disk reads {read:#018x} where {written:#018x} was written")]
     Differs {
@@ -203,21 +213,55 @@ fn tell(platform: &impl Platform, mut object: Object) {
 }
 
 fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError> {
-    let mut memory = platform.memory();
-    let mut bus = Bus::connect(platform)?;
-    let connected = Object::default().string("event", "connected").string("bus", "vmbus");
-    let connected = match bus.version() {
-        Some(version) => connected.string("version", version),
-        None => connected,
-    };
-    tell(platform, connected.number("offers", bus.offers().count()));
-
-    let mut disks = Disks::open(platform, &mut bus, &mut memory)?;
-    let mut nics = Nics::open(platform, &mut bus, &mut memory)?;
+    let mut devices = None;
     for task in command_line.split(';').map(str::trim).filter(|task| !task.is_empty()) {
         // It was read before.
         let Some(Ok(work)) = work::parse(task).next() else { continue };
+        if let Work::Hostile(hostile) = work {
+            // It wants nothing of what was agreed on before.
+            if let Some(Devices { bus, .. }) = devices.take() {
+                bus.unload()?;
+            }
+            tell(platform, Object::default().string("begin", task));
+            tell(platform, hostile.run(platform, platform.memory())?);
+            continue;
+        }
+        let devices = match &mut devices {
+            Some(devices) => devices,
+            none => none.insert(Devices::open(platform)?),
+        };
         tell(platform, Object::default().string("begin", task));
+        devices.work(platform, work)?;
+    }
+    devices.map_or(Ok(()), |devices| Ok(devices.bus.unload()?))
+}
+
+/// All devices of the machine, in use.
+struct Devices<'w, P: Platform> {
+    bus: Bus<'w, P>,
+    disks: Disks<'w, P>,
+    nics: Nics<'w, P>,
+    /// What they have left.
+    memory: Pages<'w>,
+}
+
+impl<'w, P: Platform> Devices<'w, P> {
+    fn open(platform: &'w P) -> Result<Self, RunError> {
+        let mut memory = platform.memory();
+        let mut bus = Bus::connect(platform)?;
+        let connected = Object::default().string("event", "connected").string("bus", "vmbus");
+        let connected = match bus.version() {
+            Some(version) => connected.string("version", version),
+            None => connected,
+        };
+        tell(platform, connected.number("offers", bus.offers().count()));
+        let disks = Disks::open(platform, &mut bus, &mut memory)?;
+        let nics = Nics::open(platform, &mut bus, &mut memory)?;
+        Ok(Self { bus, disks, nics, memory })
+    }
+
+    fn work(&mut self, platform: &'w P, work: Work) -> Result<(), RunError> {
+        let Self { disks, nics, memory, .. } = self;
         match work {
             Work::Identify(which) => {
                 let all = |count| 0..u32::try_from(count).unwrap_or(u32::MAX);
@@ -239,19 +283,19 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
             }
             Work::Verify(verify) => {
                 disks.with(verify.disk, verify.transfer, |disk| {
-                    tell(platform, verify.run(Seat::new(platform, disk, memory))?);
+                    tell(platform, verify.run(Seat::new(platform, disk, *memory))?);
                     Ok(())
                 })?;
             }
             Work::Checksum(checksum) => {
                 disks.with(checksum.disk, checksum.transfer, |disk| {
-                    tell(platform, checksum.run(Seat::new(platform, disk, memory))?);
+                    tell(platform, checksum.run(Seat::new(platform, disk, *memory))?);
                     Ok(())
                 })?;
             }
             Work::Bench(bench) => {
                 disks.with(bench.disk, bench.transfer, |disk| {
-                    tell(platform, bench.run(Seat::new(platform, disk, memory))?);
+                    tell(platform, bench.run(Seat::new(platform, disk, *memory))?);
                     Ok(())
                 })?;
             }
@@ -259,9 +303,11 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
                 let pair = nics.pair([exchange.nic, exchange.peer])?;
                 tell(platform, exchange.run(platform, pair)?);
             }
+            // Wants the machine for itself.
+            Work::Hostile(_) => {}
         }
+        Ok(())
     }
-    Ok(bus.unload()?)
 }
 
 fn identify(number: u32, disk: &dyn BlockDriver<'_>) -> Object {
