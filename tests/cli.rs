@@ -64,7 +64,10 @@ fn work_that_is_none() {
     for (work, line) in [
         ("", "there is no work; say identify, verify, checksum, bench, exchange or hostile"),
         ("-d", "'-d' is no work; say identify, verify, checksum, bench, exchange or hostile"),
-        ("verify; dance", "'dance' is no work; say identify, verify, checksum, bench, exchange or hostile"),
+        (
+            "verify; dance",
+            "'dance' is no work; say identify, verify, checksum, bench, exchange or hostile",
+        ),
         ("bench depth=0", "depth=0 is not possible; depth is 1 to 64"),
         ("bench bs=1G", "bs=1G is not possible; bs is a multiple of 512 up to 128k"),
     ] {

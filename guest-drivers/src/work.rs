@@ -611,7 +611,10 @@ mod tests {
             refusal("hostile rounds=0"),
             "rounds=0 is not possible; rounds is a number of rounds"
         );
-        assert_eq!(refusal("hostile disk=0"), "hostile knows no 'disk'; it knows seed, time, rounds");
+        assert_eq!(
+            refusal("hostile disk=0"),
+            "hostile knows no 'disk'; it knows seed, time, rounds"
+        );
         assert_eq!(
             refusal("identify; verify bytes=-1"),
             "bytes=-1 is not possible; bytes is a size such as 16M"

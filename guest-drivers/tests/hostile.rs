@@ -6,8 +6,9 @@
 mod common;
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use backends::file::{FileDisk, OpenOptions};
 use backends::net::MacAddr;
@@ -112,10 +113,109 @@ fn run(machine: &Machine, work: &str) -> Vec<String> {
     lines
 }
 
-#[test]
-fn smoke() {
-    let m = machine(VPS);
-    for seed in 1..200 {
-        eprintln!("{seed} {:?}", run(&m, &format!("hostile seed={seed} rounds=1")));
+/// All disks and NICs of a machine, each byte checked.
+const HONEST: &str = "verify disk=0 bytes=1M; verify disk=1 bytes=1M bs=4k vps=3;
+    verify disk=2 bytes=256k transfer=dma; verify disk=3 bytes=128k transfer=pio;
+    exchange nic=0 peer=1 frames=200; exchange nic=2 peer=3 frames=200; exchange nic=0 peer=3 frames=100";
+
+/// Does honest work, in which nothing is lost.
+fn work_honestly(machine: &Machine) {
+    for line in run(machine, HONEST).iter().filter(|line| line.contains(r#""result":"exchange""#)) {
+        for key in ["lost", "duplicates", "damaged"] {
+            assert!(line.contains(&format!(r#""{key}":0,"#)), "{line}");
+        }
     }
+}
+
+/// What this process has of what the host's kernel has to keep.
+#[derive(Clone, Copy, Debug)]
+struct Figures {
+    threads: usize,
+    descriptors: usize,
+    mappings: usize,
+    /// KiB of memory of its own.
+    resident: usize,
+}
+
+impl Figures {
+    fn now() -> Self {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let (_, resident) = status.split_once("RssAnon:").unwrap();
+        let count = |path| fs::read_dir(path).unwrap().count();
+        Self {
+            threads: count("/proc/self/task"),
+            descriptors: count("/proc/self/fd"),
+            mappings: fs::read_to_string("/proc/self/maps").unwrap().lines().count(),
+            resident: resident.split_whitespace().next().unwrap().parse().unwrap(),
+        }
+    }
+
+    /// What there is when all that is about to end has ended: no more than `before`, or what is left
+    /// after many seconds.
+    fn settled(before: Option<Self>) -> Self {
+        let until = Instant::now() + Duration::from_secs(20);
+        let mut last = Self::now();
+        loop {
+            std::thread::sleep(Duration::from_millis(50));
+            let now = Self::now();
+            let steady = now.threads == last.threads && now.descriptors == last.descriptors;
+            let done = before.is_none_or(|before| {
+                now.threads <= before.threads && now.descriptors <= before.descriptors
+            });
+            if steady && done || Instant::now() > until {
+                return now;
+            }
+            last = now;
+        }
+    }
+}
+
+/// Seeds before figures are taken, so that whatever is made once has been made, and after that.
+const WARM_UP: u64 = 60;
+const SEEDS: u64 = 240;
+
+#[test]
+fn a_hostile_guest_that_stays_costs_the_host_nothing_and_an_honest_one_is_served() {
+    static PANICS: AtomicUsize = AtomicUsize::new(0);
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        PANICS.fetch_add(1, Relaxed);
+        report(panic);
+    }));
+
+    let (first, count) = match std::env::var("HOSTILE_SEED") {
+        Ok(seed) => (seed.parse().unwrap(), 1),
+        Err(_) => (1, SEEDS),
+    };
+    let (hostile, honest) = (machine(VPS), machine(VPS));
+    let side_by_side = |first: u64, count: u64| {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    work_honestly(&honest);
+                }
+            });
+            for seed in first..first + count {
+                let again =
+                    format!("HOSTILE_SEED={seed} cargo test -p guest-drivers --test hostile");
+                eprintln!("{again}");
+                run(&hostile, &format!("hostile seed={seed} rounds=1"));
+                assert_eq!(PANICS.load(Relaxed), 0, "a thread has panicked; see it again: {again}");
+            }
+            done.store(true, Relaxed);
+            other.join().unwrap();
+        });
+    };
+    side_by_side(first, count.min(WARM_UP));
+    let before = Figures::settled(None);
+    side_by_side(first + count.min(WARM_UP), count - count.min(WARM_UP));
+    let after = Figures::settled(Some(before));
+    eprintln!("before: {before:?}\nafter: {after:?}");
+    assert!(after.threads <= before.threads, "{before:?} {after:?}");
+    assert!(after.descriptors <= before.descriptors, "{before:?} {after:?}");
+    assert!(after.mappings <= before.mappings + 16, "{before:?} {after:?}");
+    assert!(after.resident <= before.resident + (16 << 10), "{before:?} {after:?}");
+    // Whoever was hostile may work honestly, with all that it has mistreated.
+    work_honestly(&hostile);
 }

@@ -37,12 +37,15 @@ use wire::{Kind, Wire};
 /// How often a run says how far it has come, in nanoseconds.
 const PROGRESS: u64 = 1_000_000_000;
 
-/// The root has not answered what it must answer at last.
+/// The root has not done what it must do at last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Silence {
     /// A guest that says hello, or takes leave.
     #[error("the root answers no guest any more")]
     Bus,
+    /// Memory of a guest that has taken leave was written to.
+    #[error("a device writes to memory that it was to let go of")]
+    Memory,
     /// A reset of a channel with drives.
     #[error("IDE channel {0} stays busy after its reset")]
     Ide(u8),
@@ -80,6 +83,8 @@ impl Hostile {
         let available = memory.count();
         let arena =
             Arena::new(memory).ok_or(RunError::Memory { needed: arena::NEEDED, available })?;
+        arena.prepare(&mut Chaos::new(self.seed));
+        let legacy = Legacy { ide: ide::find(platform), nics: e1000::find(platform) };
         let mut wire = Wire::new(platform);
         let started = platform.now();
         let mut told = started;
@@ -87,7 +92,7 @@ impl Hostile {
         while rounds < self.rounds && platform.now().saturating_sub(started) < self.time {
             let seed = self.seed.wrapping_add(rounds);
             let fail = |silence| RunError::Hostile { seed, silence };
-            round(&mut wire, &arena, seed).map_err(fail)?;
+            round(&mut wire, &arena, &legacy, seed).map_err(fail)?;
             rounds += 1;
             let now = platform.now();
             if now.saturating_sub(told) >= PROGRESS {
@@ -112,9 +117,16 @@ impl Hostile {
     }
 }
 
+/// What is behind ports and registers.
+struct Legacy {
+    ide: Option<ide::Controller>,
+    nics: e1000::Nics,
+}
+
 fn round<'w, P: Platform>(
     wire: &mut Wire<'w, P>,
     arena: &Arena<'w>,
+    legacy: &Legacy,
     seed: u64,
 ) -> Result<(), Silence> {
     let mut chaos = Chaos::new(seed);
@@ -130,9 +142,16 @@ fn round<'w, P: Platform>(
                 for _ in 0..chaos.below(16) {
                     wire.babble(chaos, arena);
                 }
+                if chaos.percent(70) {
+                    wire.contact(chaos);
+                }
             }
-            3 | 4 => ide::visit(wire, chaos, arena),
-            5 | 6 => e1000::visit(wire, chaos, arena),
+            3 | 4 => {
+                if let Some(controller) = legacy.ide {
+                    ide::visit(wire, chaos, arena, controller);
+                }
+            }
+            5 | 6 => e1000::visit(wire, chaos, arena, &legacy.nics),
             _ => {
                 let Some(offer) = wire.any_offer(chaos) else {
                     // Nothing is known of any channel: what was said last was no hello.
@@ -147,7 +166,18 @@ fn round<'w, P: Platform>(
             }
         }
     }
-    ide::rest(wire)?;
-    e1000::rest(wire)?;
-    wire.leave()
+    if let Some(controller) = legacy.ide {
+        ide::rest(wire, controller)?;
+    }
+    e1000::rest(wire, &legacy.nics)?;
+    wire.leave()?;
+    // Everybody has let go of it.
+    if chaos.percent(5) {
+        let before = arena.sum();
+        wire.linger(2_000_000);
+        if arena.sum() != before {
+            return Err(Silence::Memory);
+        }
+    }
+    Ok(())
 }

@@ -19,6 +19,11 @@ pub(super) const TABLES: usize = 512;
 /// All of them.
 pub(super) const NEEDED: usize = RINGS + DATA + TABLES;
 
+/// Pages of the tables that are an IDE controller's.
+const REGIONS: usize = 64;
+/// Pages of them where NICs find what to receive into: the longest ring, and room for its start.
+const RECEIVES: usize = 320;
+
 /// Pages behind a place in the data at which the longest access that one address leads to ends.
 const MARGIN: usize = 32;
 
@@ -63,6 +68,63 @@ impl<'w> Arena<'w> {
         page.wrapping_add(chaos.of(0, &[aligned, any, 0xfff]))
     }
 
+    /// Makes addresses of all that devices may take for some.
+    pub(super) fn prepare(&self, chaos: &mut Chaos) {
+        for word in self.regions().words() {
+            word.store(self.region(chaos), Ordering::Relaxed);
+        }
+        for words in self.receive_descriptors().words().chunks_exact(2) {
+            if let [address, rest] = words {
+                address.store(self.address(chaos), Ordering::Relaxed);
+                rest.store(chaos.any(), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// A sum of all that lies in it.
+    pub(super) fn sum(&self) -> u64 {
+        let all = [self.rings, self.data, self.tables];
+        let words = all.iter().flat_map(|pages| pages.words());
+        words
+            .fold(0, |sum: u64, word| sum.rotate_left(5).wrapping_add(word.load(Ordering::Relaxed)))
+    }
+
+    /// The tables from which an IDE controller takes memory regions.
+    pub(super) fn regions(&self) -> Pages<'w> {
+        self.split(0, REGIONS)
+    }
+
+    /// Where a NIC's rings to receive into lie: each word that may be an address is one.
+    pub(super) fn receive_descriptors(&self) -> Pages<'w> {
+        self.split(REGIONS, RECEIVES)
+    }
+
+    /// Where its rings to transmit lie, whose addresses are only read from.
+    pub(super) fn transmit_descriptors(&self) -> Pages<'w> {
+        self.split(REGIONS + RECEIVES, TABLES - REGIONS - RECEIVES)
+    }
+
+    /// So many pages of the tables.
+    fn split(&self, first: usize, count: usize) -> Pages<'w> {
+        let rest = self.tables.split(first).map_or(self.tables, |(_, rest)| rest);
+        rest.split(count).map_or(rest, |(pages, _)| pages)
+    }
+
+    /// A memory region as a table of an IDE controller has it, up to 64 KiB.
+    pub(super) fn region(&self, chaos: &mut Chaos) -> u64 {
+        let address = self.address(chaos) as u32;
+        // With 32 bits of address what is no memory may become some that is not ours.
+        let start = self.data.first() * PAGE as u64;
+        let end = start + ((DATA - MARGIN) * PAGE) as u64;
+        let ours = (start..end).contains(&address.into());
+        let address = if ours { address } else { 0xf000_0000 };
+        let short = chaos.below(4096);
+        let any = chaos.any() & 0xffff;
+        let len = chaos.of(4096, &[512, short, 0, any]);
+        let last = u64::from(chaos.percent(30)) << 63;
+        u64::from(address) | len << 32 | last
+    }
+
     /// Fills some of the data with bytes that mean nothing.
     pub(super) fn litter(&self, chaos: &mut Chaos) {
         let start = chaos.count(DATA * PAGE_WORDS);
@@ -103,6 +165,12 @@ impl<'w> Side<'w> {
     /// Bytes of the data area.
     pub(super) fn size(&self) -> u32 {
         (self.data.count() * PAGE) as u32
+    }
+
+    /// The word at `at`, once around.
+    pub(super) fn load(&self, at: u32) -> u64 {
+        let index = (at % self.size().max(1) / 8) as usize;
+        self.data.words().get(index).map_or(0, |word| word.load(Ordering::Relaxed))
     }
 
     /// Writes a word at `at`, once around.

@@ -71,6 +71,20 @@ impl<'w> Channel<'w> {
     /// Puts a packet with this body into the ring; a multiple of 8 bytes of it are headers. The root does
     /// not see it until [`Channel::publish`].
     pub(super) fn push(&mut self, chaos: &mut Chaos, kind: u16, headers: usize, body: &[u8]) {
+        self.transaction += 1;
+        let transaction = chaos.or_odd(self.transaction, 5);
+        self.push_as(chaos, kind, headers, body, transaction);
+    }
+
+    /// The same with this number.
+    pub(super) fn push_as(
+        &mut self,
+        chaos: &mut Chaos,
+        kind: u16,
+        headers: usize,
+        body: &[u8],
+        transaction: u64,
+    ) {
         let len = body.len().next_multiple_of(8) as u32;
         let total = len + 24;
         if self.free() < total + 8 {
@@ -80,8 +94,6 @@ impl<'w> Channel<'w> {
         let offset8 = (16 + headers as u64) / 8;
         // A right one mostly, as the root hears nothing of what comes after a wrong one.
         let percent = if chaos.percent(1) { 40 } else { 0 };
-        self.transaction += 1;
-        let transaction = chaos.or_odd(self.transaction, 5);
         let flags = u64::from(!chaos.percent(5));
         let first = u64::from(kind)
             | (chaos.or_odd(offset8, percent) & 0xffff) << 16
@@ -116,6 +128,25 @@ impl<'w> Channel<'w> {
         let control = self.incoming.control;
         let written = control.write_index.load(Ordering::Acquire);
         control.read_index.swap(written, Ordering::Release) != written
+    }
+
+    /// Takes all that has come, and tells of each packet's kind and number.
+    pub(super) fn read(&self, mut each: impl FnMut(u16, u64)) {
+        let control = self.incoming.control;
+        let size = self.incoming.size();
+        let written = control.write_index.load(Ordering::Acquire) % size;
+        let mut at = control.read_index.load(Ordering::Relaxed) % size & !7;
+        // One's own ring is as broken as one has made it.
+        for _ in 0..1024 {
+            if at == written & !7 {
+                break;
+            }
+            let descriptor = self.incoming.load(at);
+            each(descriptor as u16, self.incoming.load(at + 8));
+            let bytes = (descriptor >> 32) as u16;
+            at = (at + u32::from(bytes) * 8 + 8) % size;
+        }
+        control.read_index.store(written, Ordering::Release);
     }
 
     /// Lets some time pass in which what comes is taken, or is not.

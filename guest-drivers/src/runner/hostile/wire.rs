@@ -169,7 +169,8 @@ impl<'w, P: Platform> Wire<'w, P> {
                 self.refused(self.opened.map(|opened| opened.status));
             }
             MessageKind::GpadlCreated => {
-                self.created = GpadlCreated::read_from_prefix(payload).ok().map(|(answer, _)| answer);
+                self.created =
+                    GpadlCreated::read_from_prefix(payload).ok().map(|(answer, _)| answer);
                 self.refused(self.created.map(|created| created.status));
             }
             MessageKind::GpadlTorndown => self.torn_down += 1,
@@ -375,7 +376,12 @@ impl<'w, P: Platform> Wire<'w, P> {
 
     /// A message, or a flood of them, that nobody expects.
     pub(super) fn babble(&mut self, chaos: &mut Chaos, arena: &Arena<'_>) {
-        let kinds = [3, 5, 7, 8, 9, 11, 13, 14, 16, 19, 21, 22, 23];
+        // A hello or a leave ends what all others are about.
+        let kinds = if chaos.percent(10) {
+            [14, 16, 14, 16, 14, 16, 14, 16, 14, 16, 14]
+        } else {
+            [3, 5, 7, 8, 9, 11, 13, 19, 21, 22, 23]
+        };
         let kind = chaos.of(22, &kinds);
         let kind = chaos.or_odd_32(kind, 10);
         let mut message = Bytes::new();
