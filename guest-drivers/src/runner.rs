@@ -224,6 +224,7 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
             }
             tell(platform, Object::default().string("begin", task));
             tell(platform, hostile.run(platform, platform.memory())?);
+            hostile.rest(platform);
             continue;
         }
         let devices = match &mut devices {

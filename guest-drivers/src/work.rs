@@ -135,6 +135,8 @@ pub struct Hostile {
     pub time: u64,
     /// How many rounds.
     pub rounds: u64,
+    /// Nanoseconds for which nothing is done after the last: for whoever counts what is left.
+    pub rest: u64,
 }
 
 /// An order of blocks.
@@ -213,7 +215,7 @@ const VERIFY_KEYS: &str = "disk, transfer, bytes, bs, depth, seed, vps";
 const CHECKSUM_KEYS: &str = "disk, transfer, bytes, bs, depth, vps";
 const BENCH_KEYS: &str = "disk, transfer, pattern, rw, bs, depth, time, spin, vps";
 const EXCHANGE_KEYS: &str = "nic, peer, len, depth, frames, time, spin, seed";
-const HOSTILE_KEYS: &str = "seed, time, rounds";
+const HOSTILE_KEYS: &str = "seed, time, rounds, rest";
 
 /// What disks' and NICs' patterns begin with.
 const SEED: u64 = 0x5061_7274_6974_6121;
@@ -380,7 +382,7 @@ fn exchange<'a>(
 fn hostile<'a>(
     settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
 ) -> Result<Work, WorkError<'a>> {
-    let mut hostile = Hostile { seed: 1, time: 1_000_000_000, rounds: u64::MAX };
+    let mut hostile = Hostile { seed: 1, time: 1_000_000_000, rounds: u64::MAX, rest: 0 };
     let mut time = None;
     for setting in settings {
         let setting = setting?;
@@ -391,6 +393,7 @@ fn hostile<'a>(
                 hostile.rounds = setting.size(1..=u64::MAX, "a number of rounds")?;
                 hostile.time = u64::MAX;
             }
+            "rest" => hostile.rest = setting.time("a time such as 1s")?,
             _ => return Err(setting.unknown("hostile", HOSTILE_KEYS)),
         }
     }
@@ -508,7 +511,7 @@ mod tests {
                     bench pattern=seq rw=write bs=128k depth=64 time=2s spin=0us disk=3 \
                     transfer=dma; checksum disk=1 transfer=pio; exchange; \
                     exchange nic=2 peer=3 len=64 depth=1 frames=1k time=1ms spin=2us seed=9; \
-                    hostile; hostile seed=7 rounds=3; hostile rounds=1k time=2s";
+                    hostile; hostile seed=7 rounds=3 rest=1ms; hostile rounds=1k time=2s";
         let works: Vec<_> = parse(line).collect::<Result<_, _>>().unwrap();
         assert_eq!(
             works,
@@ -564,9 +567,9 @@ mod tests {
                     spin: 2_000,
                     seed: 9,
                 }),
-                Work::Hostile(Hostile { seed: 1, time: 1_000_000_000, rounds: u64::MAX }),
-                Work::Hostile(Hostile { seed: 7, time: u64::MAX, rounds: 3 }),
-                Work::Hostile(Hostile { seed: 1, time: 2_000_000_000, rounds: 1024 }),
+                Work::Hostile(Hostile { seed: 1, time: 1_000_000_000, rounds: u64::MAX, rest: 0 }),
+                Work::Hostile(Hostile { seed: 7, time: u64::MAX, rounds: 3, rest: 1_000_000 }),
+                Work::Hostile(Hostile { seed: 1, time: 2_000_000_000, rounds: 1024, rest: 0 }),
             ]
         );
     }
@@ -613,7 +616,7 @@ mod tests {
         );
         assert_eq!(
             refusal("hostile disk=0"),
-            "hostile knows no 'disk'; it knows seed, time, rounds"
+            "hostile knows no 'disk'; it knows seed, time, rounds, rest"
         );
         assert_eq!(
             refusal("identify; verify bytes=-1"),

@@ -117,6 +117,16 @@ impl Hostile {
     }
 }
 
+impl Hostile {
+    /// Does nothing for a while.
+    pub(super) fn rest<P: Platform>(&self, platform: &P) {
+        let until = platform.now().saturating_add(self.rest);
+        while platform.now() < until {
+            platform.idle();
+        }
+    }
+}
+
 /// What is behind ports and registers.
 struct Legacy {
     ide: Option<ide::Controller>,

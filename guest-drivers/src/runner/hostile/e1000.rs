@@ -59,6 +59,9 @@ pub(super) fn find<P: Platform>(platform: &P) -> Nics {
     let mut nics = Nics([None; NICS]);
     for (function, place) in pci::find(platform, 0x8086, 0x100e).zip(&mut nics.0) {
         function.enable(platform);
+        if let Some(irq) = function.isa_interrupt(platform) {
+            platform.listen(irq);
+        }
         *place = function.memory_base(platform, 0).map(|base| (function, base));
     }
     nics

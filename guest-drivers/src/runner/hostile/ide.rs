@@ -41,6 +41,8 @@ pub(super) struct Controller {
 pub(super) fn find<P: Platform>(platform: &P) -> Option<Controller> {
     let function = pci::find(platform, 0x8086, 0x7111).next()?;
     function.enable(platform);
+    // Nobody waits for them, but they are not to be taken for exceptions.
+    [14, 15].into_iter().for_each(|irq| platform.listen(irq));
     Some(Controller { master: function.io_base(platform, 4)? })
 }
 
