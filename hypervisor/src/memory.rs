@@ -23,6 +23,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Vola
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use backing::Backing;
+use mapping::Budget;
 pub use mapping::PageMapping;
 
 use crate::{Gpa, Gpn, PAGE_SIZE, layout};
@@ -40,6 +41,8 @@ struct Inner {
     high: Span,
     file: Arc<File>,
     backing: Backing,
+    /// For [`GuestMemory::map`].
+    mappings: Arc<Budget>,
 }
 
 /// One region: guest addresses `[gpa, gpa + len)` lie at `host`, and at `file_offset` in the file.
@@ -119,6 +122,10 @@ impl GuestMemory {
     /// Allocates `size` bytes of RAM, a number of pages. Nothing is touched yet; the host gives
     /// pages as they are used.
     pub fn new(size: u64) -> Result<Self, MemoryError> {
+        Self::with_mappings(size, Budget::of_host())
+    }
+
+    fn with_mappings(size: u64, mappings: Arc<Budget>) -> Result<Self, MemoryError> {
         if size == 0 || !size.is_multiple_of(PAGE_SIZE as u64) {
             return Err(MemoryError::Size(size));
         }
@@ -139,7 +146,7 @@ impl GuestMemory {
         };
         let mmap = GuestMemoryMmap::from_regions(regions)
             .expect("two regions in ascending order do not overlap");
-        Ok(Self { inner: Arc::new(Inner { mmap, low, high, file, backing }) })
+        Ok(Self { inner: Arc::new(Inner { mmap, low, high, file, backing, mappings }) })
     }
 
     /// The kernel places mappings of files that may have huge pages so that huge pages fit: file
@@ -219,7 +226,9 @@ impl GuestMemory {
     }
 
     /// Maps the given pages, in the given order and as often as they are named, into one range of
-    /// host addresses: a guest's scattered buffer in one piece, or a ring twice in a row.
+    /// host addresses: a guest's scattered buffer in one piece, or a ring twice in a row. Refused with
+    /// [`io::ErrorKind::QuotaExceeded`] if all that is mapped so would be in more pieces than are good
+    /// for this process.
     pub fn map(&self, pages: &[Gpn]) -> io::Result<PageMapping> {
         PageMapping::new(self, pages)
     }

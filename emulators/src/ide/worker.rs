@@ -2,8 +2,8 @@
 //! ask for while the processors go on.
 //!
 //! `unsafe` is the promise to the disks that the buffers of a request stay: they lie in guest memory,
-//! which is kept mapped for longer than the io_uring lives, or in the job's own buffer, which the
-//! worker holds until the request has ended.
+//! which is kept mapped for longer than the io_uring lives, or in the job's own buffer, which is held
+//! until the request has ended or the io_uring is gone.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use backends::block::{
     BlockError, BlockErrorKind, Buffer, Completion, Completions, Operation, Queue, Request, SECTOR,
 };
-use backends::uring::{Doorbell, Tag, Token, Uring};
+use backends::uring::{Doorbell, Remains, Tag, Token, Uring};
 use hypervisor::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,8 +32,21 @@ pub(super) struct Worker {
     doorbell: Doorbell<Arc<EventFd>>,
     done: Completions,
     buffers: Vec<Buffer>,
-    /// A job that the host's failure has cut short; its buffer may be in use to the very end.
-    lost: Option<Job>,
+}
+
+/// A job that is being carried out. If the host's failure or a panic cuts it short, its buffer may be in
+/// use for as long as the io_uring is there.
+struct Held {
+    job: Option<Job>,
+    remains: Remains,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(job) = self.job.take() {
+            self.remains.keep(job);
+        }
+    }
 }
 
 impl Worker {
@@ -62,7 +75,6 @@ impl Worker {
             doorbell,
             done: Completions::with_capacity(1),
             buffers: Vec::new(),
-            lost: None,
         })
     }
 
@@ -77,16 +89,14 @@ impl Worker {
                     queue.disclaim();
                 }
             }
-            match job {
-                Some(mut job) => match self.carry_out(&mut job) {
-                    Ok(outcome) => {
+            let mut held = Held { job, remains: self.uring.remains() };
+            match &mut held.job {
+                Some(job) => {
+                    let outcome = self.carry_out(job)?;
+                    if let Some(job) = held.job.take() {
                         self.port.access(|channel| channel.finish(job.buffer, outcome));
                     }
-                    Err(error) => {
-                        self.lost = Some(job);
-                        return Err(error);
-                    }
-                },
+                }
                 None => self.sleep()?,
             }
         }

@@ -8,13 +8,15 @@
 //! at the end of every interrupt of that SINT. Channels interrupt by the same SINT, so it could be
 //! there only while a message waits. But to add one took 3 to 14 ms and to take it away 12 to 24 ms
 //! where this was measured (a KVM under emulation): the kernel waits for grace periods, far longer
-//! than a guest needs for a message. So a timer looks again instead.
+//! than a guest needs for a message. So a timer looks again instead, soon at first and ever later as long
+//! as the guest leaves the message where it is.
 
 #![allow(unsafe_code)] // ioctl, timerfd
 
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{KVM_HYPERV_EVENTFD_DEASSIGN, KVMIO, kvm_hyperv_eventfd};
@@ -31,8 +33,32 @@ use crate::{GuestMemory, PartitionError, VpIndex};
 
 ioctl_iow_nr!(KVM_HYPERV_EVENTFD, KVMIO, 0xbd, kvm_hyperv_eventfd);
 
-/// How long after a busy slot to look again.
+/// How long after a slot was found busy for the first time to look again.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
+
+/// How often that time doubles: up to 128 ms.
+const DOUBLINGS: u8 = 8;
+
+/// When to look again at slots that are busy. One thread at a time posts.
+#[derive(Debug, Default)]
+struct Backoff {
+    /// How often in a row none was free.
+    busy: AtomicU8,
+}
+
+impl Backoff {
+    /// A slot was free.
+    fn reset(&self) {
+        self.busy.store(0, Ordering::Relaxed);
+    }
+
+    /// A slot was busy, once more. Returns how long to wait.
+    fn wait(&self) -> Duration {
+        let busy = self.busy.load(Ordering::Relaxed);
+        self.busy.store((busy + 1).min(DOUBLINGS), Ordering::Relaxed);
+        LOOK_AGAIN * (1 << busy)
+    }
+}
 
 /// The SynICs of a partition's processors.
 pub(super) struct KvmSynic {
@@ -40,6 +66,7 @@ pub(super) struct KvmSynic {
     pages: Arc<SynicPages>,
     /// A timerfd: read like an eventfd, it gives a count and is quiet again.
     look_again: EventFd,
+    backoff: Backoff,
 }
 
 impl KvmSynic {
@@ -50,7 +77,7 @@ impl KvmSynic {
     ) -> Result<Self, PartitionError> {
         let look_again = timer().map_err(call("cannot make a timer"))?;
         let pages = Arc::new(SynicPages::new(memory, vps));
-        Ok(Self { vm: Arc::clone(vm), pages, look_again })
+        Ok(Self { vm: Arc::clone(vm), pages, look_again, backoff: Backoff::default() })
     }
 
     /// Gives the first `count` processors their interrupts, once KVM has routes for them.
@@ -108,8 +135,11 @@ impl Synic for KvmSynic {
         }
         let posted = self.pages.fill(vp, sint, message);
         match posted {
-            Posted::Delivered => self.pages.raise(vp),
-            Posted::Busy => set_timer(&self.look_again, LOOK_AGAIN),
+            Posted::Delivered => {
+                self.backoff.reset();
+                self.pages.raise(vp);
+            }
+            Posted::Busy => set_timer(&self.look_again, self.backoff.wait()),
             Posted::Disabled => {}
         }
         posted
@@ -135,6 +165,26 @@ impl Synic for KvmSynic {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_slot_that_is_never_emptied_is_looked_at_ever_less() {
+        let backoff = Backoff::default();
+        let minute = Duration::from_secs(60);
+        let looks = |backoff: &Backoff| {
+            let mut now = Duration::ZERO;
+            std::iter::from_fn(|| {
+                now += backoff.wait();
+                (now < minute).then_some(now)
+            })
+            .collect::<Vec<_>>()
+        };
+        let at = looks(&backoff);
+        assert_eq!(at[..3], [1, 3, 7].map(|halves| LOOK_AGAIN * halves));
+        assert!((400..500).contains(&at.len()), "{} looks in a minute", at.len());
+        // Whoever empties it is answered as soon as ever.
+        backoff.reset();
+        assert_eq!(backoff.wait(), LOOK_AGAIN);
+    }
 
     #[test]
     fn the_timer_reads_like_an_eventfd() {

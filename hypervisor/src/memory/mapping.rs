@@ -1,15 +1,65 @@
 //! Guest pages mapped a second time, into one piece.
+//!
+//! Each stretch of pages that are no neighbours takes one of the kernel's mappings, of which a process has
+//! a limited number; when they are used up, threads, rings and memory cannot be had any more. A guest
+//! chooses the pages, so what may be taken in this way is bounded: [`Budget`].
 
 #![allow(unsafe_code)] // mmap and munmap of a range of our own.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::GuestMemory;
 use crate::{Gpn, PAGE_SIZE};
+
+/// What `vm.max_map_count` is where nobody has changed it (Documentation/admin-guide/sysctl/vm.rst).
+const DEFAULT_MAX_MAP_COUNT: usize = 65530;
+
+/// The mappings that a partition's pages may take.
+#[derive(Debug)]
+pub(super) struct Budget {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl Budget {
+    /// Half of what the process may have. The rest is for its threads, their io_urings and its memory,
+    /// which take some ten for each channel.
+    pub(super) fn of_host() -> Arc<Self> {
+        let told = std::fs::read_to_string("/proc/sys/vm/max_map_count");
+        let count = told.ok().and_then(|count| count.trim().parse().ok());
+        Self::new(count.unwrap_or(DEFAULT_MAX_MAP_COUNT) / 2)
+    }
+
+    fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { limit, used: AtomicUsize::new(0) })
+    }
+
+    /// Takes `count` mappings, if there are so many.
+    fn take(self: &Arc<Self>, count: usize) -> Option<Share> {
+        let taken = |used: usize| used.checked_add(count).filter(|used| *used <= self.limit);
+        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken).ok()?;
+        Some(Share { budget: Arc::clone(self), count })
+    }
+}
+
+/// Mappings that were taken of a [`Budget`], until it is dropped.
+#[derive(Debug)]
+struct Share {
+    budget: Arc<Budget>,
+    count: usize,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.count, Ordering::Relaxed);
+    }
+}
 
 /// Guest pages in one contiguous range of host addresses, in the order in which they were named.
 ///
@@ -19,6 +69,8 @@ use crate::{Gpn, PAGE_SIZE};
 pub struct PageMapping {
     start: NonNull<u8>,
     len: usize,
+    /// Given back when the range is unmapped.
+    _share: Share,
 }
 
 // SAFETY: the range is owned, and its contents are shared with the guest in any case, so whoever
@@ -42,15 +94,26 @@ impl PageMapping {
             .map(|&page| memory.file_offset(page).ok_or_else(|| invalid("a page is not RAM")))
             .collect::<io::Result<Vec<u64>>>()?;
 
+        let consecutive = |a: &u64, b: &u64| a + PAGE_SIZE as u64 == *b;
+        let count = offsets.chunk_by(consecutive).count();
+        let share = memory.inner.mappings.take(count).ok_or_else(|| {
+            let Budget { limit, .. } = &*memory.inner.mappings;
+            io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                format!(
+                    "pages in {count} pieces, and a guest's may be in {limit} together (half of vm.max_map_count)"
+                ),
+            )
+        })?;
+
         // The reservation makes the range ours; the pages are then mapped over it.
         // SAFETY: a new mapping at an address the kernel chooses disturbs nothing.
         let start = unsafe {
             mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::empty(), MapFlags::PRIVATE)
         }?;
         let start = NonNull::new(start.cast::<u8>()).expect("mmap does not give address 0");
-        let mapping = Self { start, len };
+        let mapping = Self { start, len, _share: share };
 
-        let consecutive = |a: &u64, b: &u64| a + PAGE_SIZE as u64 == *b;
         let mut done = 0;
         for run in offsets.chunk_by(consecutive) {
             let run_len = run.len() * PAGE_SIZE;
@@ -129,6 +192,33 @@ mod tests {
         // A write over the seam of two copies lands at the ring's start.
         write(&mapping, 3 * 4096, 0xbb);
         assert_eq!(read(&mapping, 0), 0xbb);
+    }
+
+    #[test]
+    fn scattered_pages_are_refused_before_the_host_has_no_mappings_left() {
+        let memory = GuestMemory::with_mappings(1 << 20, Budget::new(10)).unwrap();
+        let scattered = [1, 3, 5, 7].map(page);
+        let one = memory.map(&scattered).unwrap();
+        let two = memory.map(&scattered).unwrap();
+        assert_eq!(memory.map(&scattered).unwrap_err().kind(), io::ErrorKind::QuotaExceeded);
+        // Neighbours count as one.
+        let neighbours = memory.map(&[10, 11, 12, 20, 21].map(page)).unwrap();
+        assert_eq!(memory.map(&[page(1)]).unwrap_err().kind(), io::ErrorKind::QuotaExceeded);
+        drop(one);
+        let again = memory.map(&scattered).unwrap();
+        drop((two, neighbours, again));
+        assert_eq!(memory.inner.mappings.used.load(Ordering::Relaxed), 0);
+        // What is refused for another reason takes none.
+        assert!(memory.map(&[page(1), page(1 << 40)]).is_err());
+        assert_eq!(memory.inner.mappings.used.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn the_host_says_how_many_mappings_there_may_be() {
+        let budget = Budget::of_host();
+        assert!(budget.limit > 0);
+        assert!(budget.take(budget.limit + 1).is_none());
+        assert!(budget.take(usize::MAX).is_none());
     }
 
     #[test]

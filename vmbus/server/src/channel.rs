@@ -35,7 +35,6 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crossbeam_channel::Sender;
 use hypervisor::memory::GuestMemory;
 use hypervisor::synic::EventPort;
 use hypervisor::{Gpn, VpIndex};
@@ -46,6 +45,7 @@ use vmbus::ring::{Incoming, Outgoing, RingError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::DoubleMapped;
+use crate::news::{Event, News, Opened};
 use crate::poll::wait;
 
 /// How a device presents itself to the guest.
@@ -151,16 +151,15 @@ impl Channel {
     /// once. Opened ones come to [`Device::open`]. Further calls on the same opened channel do
     /// nothing.
     pub fn offer_subchannels(&self, count: u16) {
-        self.link.send(Event::OfferSubchannels { by: self.link.opened, count });
+        if !self.link.has_asked.swap(true, Ordering::Relaxed) {
+            self.link.news.tell(Event::OfferSubchannels { by: self.link.opened, count });
+        }
     }
 
     /// The guest pages that the guest has listed under `id` for this channel, if it does not want them
     /// back. While the channel is open it gets them back when there is no [`Gpadl`] any more.
     pub fn gpadl(&self, id: GpadlId) -> Option<Gpadl> {
-        self.link.gpadls.lend(self.relid, id, || {
-            let Link { opened, events, wake, .. } = &self.link;
-            (*opened, events.clone(), Arc::clone(wake))
-        })
+        self.link.gpadls.lend(self.relid, id, &self.link.news)
     }
 
     /// [`Incoming::read`], counted.
@@ -270,26 +269,6 @@ pub struct ChannelCounters {
     pub enters: Counter,
 }
 
-/// What the bus's thread is told.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// A worker has ended.
-    Closed(Opened),
-    /// A worker wants sub-channels.
-    OfferSubchannels { by: Opened, count: u16 },
-    /// Nobody uses a page list any more that the guest wants back.
-    GpadlUnused { by: Opened, id: GpadlId },
-    /// The bus shall end.
-    Stop,
-}
-
-/// One opening of a channel. Channels are opened again, and news of the last time may be late.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Opened {
-    pub(crate) relid: Relid,
-    pub(crate) serial: u64,
-}
-
 /// What the bus and a channel's worker share.
 #[derive(Debug, Default)]
 pub(crate) struct Shared {
@@ -332,29 +311,45 @@ impl Gpadl {
 struct Lent {
     pages: Arc<[Gpn]>,
     wanted: AtomicBool,
-    by: Opened,
-    id: GpadlId,
-    events: Sender<Event>,
-    wake: Arc<EventFd>,
+    list: ListId,
+    news: News,
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
         // Otherwise the bus asks for it no more than the guest does.
         if *self.wanted.get_mut() {
-            send(&self.events, &self.wake, Event::GpadlUnused { by: self.by, id: self.id });
+            self.news.tell(Event::GpadlUnused(self.list));
         }
     }
+}
+
+/// One list of pages. Guests give a number to another list when they have the first back, and whoever
+/// used that may still hold it, or let go of it now: of this list, whichever opening of the channel lent
+/// it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ListId {
+    pub(crate) relid: Relid,
+    pub(crate) id: GpadlId,
+    serial: u64,
 }
 
 /// The page lists of all channels, by channel and number.
 #[derive(Clone, Default)]
 pub(crate) struct Gpadls(Arc<Mutex<PageLists>>);
 
-type PageLists = HashMap<(Relid, GpadlId), PageList>;
+#[derive(Default)]
+struct PageLists {
+    lists: HashMap<(Relid, GpadlId), PageList>,
+    /// Lists that there have been.
+    serial: u64,
+}
 
 struct PageList {
+    serial: u64,
     pages: Arc<[Gpn]>,
+    /// The guest wants it back.
+    wanted: bool,
     lent: Weak<Lent>,
 }
 
@@ -363,66 +358,71 @@ impl Gpadls {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lend(
-        &self,
-        relid: Relid,
-        id: GpadlId,
-        to: impl FnOnce() -> (Opened, Sender<Event>, Arc<EventFd>),
-    ) -> Option<Gpadl> {
+    fn lend(&self, relid: Relid, id: GpadlId, news: &News) -> Option<Gpadl> {
         let mut lists = self.lock();
-        let list = lists.get_mut(&(relid, id))?;
+        let list = lists.lists.get_mut(&(relid, id)).filter(|list| !list.wanted)?;
         if let Some(lent) = list.lent.upgrade() {
             return Some(Gpadl(lent));
         }
-        let (by, events, wake) = to();
-        let pages = Arc::clone(&list.pages);
-        let lent = Arc::new(Lent { pages, wanted: AtomicBool::new(false), by, id, events, wake });
+        let lent = Arc::new(Lent {
+            pages: Arc::clone(&list.pages),
+            wanted: AtomicBool::new(false),
+            list: ListId { relid, id, serial: list.serial },
+            news: news.clone(),
+        });
         list.lent = Arc::downgrade(&lent);
         Some(Gpadl(lent))
     }
 
     pub(crate) fn insert(&self, relid: Relid, id: GpadlId, pages: Arc<[Gpn]>) {
-        self.lock().insert((relid, id), PageList { pages, lent: Weak::new() });
+        let mut lists = self.lock();
+        lists.serial += 1;
+        let list = PageList { serial: lists.serial, pages, wanted: false, lent: Weak::new() };
+        lists.lists.insert((relid, id), list);
     }
 
     /// Lends a list no more. Returns whether somebody uses it; then an [`Event::GpadlUnused`] follows.
     pub(crate) fn want(&self, relid: Relid, id: GpadlId) -> bool {
-        let list = self.lock().remove(&(relid, id));
-        let Some(lent) = list.and_then(|list| list.lent.upgrade()) else { return false };
+        let lent = self.lock().lists.get_mut(&(relid, id)).and_then(|list| {
+            list.wanted = true;
+            list.lent.upgrade()
+        });
+        let Some(lent) = lent else { return false };
         // If all others let go now, it is dropped here, and tells of it.
         lent.wanted.store(true, Ordering::Release);
         true
     }
 
+    /// Whether this very list is there, and nobody uses it.
+    pub(crate) fn is_unused(&self, list: ListId) -> bool {
+        let lists = self.lock();
+        let there = lists.lists.get(&(list.relid, list.id));
+        there.is_some_and(|there| there.serial == list.serial && there.lent.strong_count() == 0)
+    }
+
     pub(crate) fn remove(&self, relid: Relid, id: GpadlId) {
-        self.lock().remove(&(relid, id));
+        self.lock().lists.remove(&(relid, id));
     }
 }
 
 /// A channel's connection to the bus; dropping it says that the channel is closed.
 pub(crate) struct Link {
-    pub(crate) opened: Opened,
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) gpadls: Gpadls,
-    pub(crate) events: Sender<Event>,
-    pub(crate) wake: Arc<EventFd>,
+    opened: Opened,
+    shared: Arc<Shared>,
+    gpadls: Gpadls,
+    news: News,
+    /// Sub-channels have been asked for.
+    has_asked: AtomicBool,
 }
 
 impl Link {
-    fn send(&self, event: Event) {
-        send(&self.events, &self.wake, event);
-    }
-}
-
-fn send(events: &Sender<Event>, wake: &EventFd, event: Event) {
-    // No receiver: the bus is gone, and with it all who would care.
-    if events.send(event).is_ok() {
-        let _ = wake.write(1);
+    pub(crate) fn new(opened: Opened, shared: Arc<Shared>, gpadls: Gpadls, news: News) -> Self {
+        Self { opened, shared, gpadls, news, has_asked: AtomicBool::new(false) }
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.send(Event::Closed(self.opened));
+        self.news.tell(Event::Closed(self.opened));
     }
 }

@@ -22,8 +22,9 @@ use vmbus::protocol::{MAX_MESSAGE, MESSAGE_TYPE, Relid};
 use vmbus::ring::{Incoming, Outgoing, RingError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::channel::{Channel, ChannelCounters, Device, Event, Gpadls, Link, Opened, Shared};
+use crate::channel::{Channel, ChannelCounters, Device, Gpadls, Link, Shared};
 use crate::mapping::map_ring;
+use crate::news::{Event, News, Opened};
 use crate::poll::wait;
 use crate::server::{Action, Limits, OpenRequest, Server};
 
@@ -41,8 +42,7 @@ const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// The bus of one partition, at work until it is dropped.
 pub struct Host {
     sink: Arc<Inbox>,
-    events: Sender<Event>,
-    wake: Arc<EventFd>,
+    news: News,
     counters: CounterTable,
     thread: Option<JoinHandle<Vec<Box<dyn Device>>>>,
 }
@@ -59,45 +59,13 @@ impl Host {
         vps: u32,
         devices: Vec<Box<dyn Device>>,
     ) -> io::Result<Self> {
-        let ram = memory.clone();
-        let mut server = Server::new(vps, Limits::default(), move |page| {
-            page.gpa().is_some_and(|gpa| ram.slice(gpa, PAGE_SIZE).is_some())
-        });
-        let mut by_relid = HashMap::new();
-        for (index, device) in devices.iter().enumerate() {
-            let offer = device.offer();
-            let relid = server
-                .offer(offer)
-                .ok_or_else(|| io::Error::other("there are more devices than channel numbers"))?;
-            by_relid.insert(relid, Offered { index, instance: offer.instance });
-        }
-
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let (events, news) = crossbeam_channel::unbounded();
+        let news = News::new()?;
         let (posts, inbox) = crossbeam_channel::bounded(INBOX);
-        let counters = CounterTable::default();
-        let bus = Bus {
-            server,
-            memory,
-            synic,
-            devices,
-            by_relid,
-            running: HashMap::new(),
-            serial: 0,
-            gpadls: Gpadls::default(),
-            counters: Arc::clone(&counters),
-            inbox,
-            news,
-            events: events.clone(),
-            wake: Arc::clone(&wake),
-            outbox: VecDeque::new(),
-            blocked: false,
-            stopping: false,
-            complaints: Complaints::default(),
-        };
+        let bus = Bus::new(memory, synic, vps, devices, inbox, news.clone())?;
+        let counters = Arc::clone(&bus.counters);
         let thread = std::thread::Builder::new().name("vmbus".into()).spawn(move || bus.run())?;
-        let sink = Arc::new(Inbox { posts, wake: Arc::clone(&wake) });
-        Ok(Self { sink, events, wake, counters, thread: Some(thread) })
+        let sink = Arc::new(Inbox { posts, news: news.clone() });
+        Ok(Self { sink, news, counters, thread: Some(thread) })
     }
 
     /// Where the guest's messages go.
@@ -120,8 +88,7 @@ impl Host {
     fn join(&mut self) -> Vec<Box<dyn Device>> {
         let Some(thread) = self.thread.take() else { return Vec::new() };
         // If the thread is gone already, there is nobody to tell.
-        let _ = self.events.send(Event::Stop);
-        let _ = self.wake.write(1);
+        self.news.tell(Event::Stop);
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
@@ -141,7 +108,7 @@ struct Post {
 /// Where VPs leave the guest's messages.
 struct Inbox {
     posts: Sender<Post>,
-    wake: Arc<EventFd>,
+    news: News,
 }
 
 impl MessageSink for Inbox {
@@ -156,8 +123,7 @@ impl MessageSink for Inbox {
         }
         match self.posts.try_send(post) {
             Ok(()) => {
-                // Fails only when the counter is full, and then the bus is awake anyway.
-                let _ = self.wake.write(1);
+                self.news.wake();
                 HvStatus::SUCCESS
             }
             Err(TrySendError::Full(_)) => HvStatus::INSUFFICIENT_BUFFERS,
@@ -193,9 +159,7 @@ struct Bus {
     gpadls: Gpadls,
     counters: CounterTable,
     inbox: Receiver<Post>,
-    news: Receiver<Event>,
-    events: Sender<Event>,
-    wake: Arc<EventFd>,
+    news: News,
     /// To the guest, the first one first.
     outbox: VecDeque<(VpIndex, Message)>,
     /// The slot of the first message was taken.
@@ -205,10 +169,49 @@ struct Bus {
 }
 
 impl Bus {
+    fn new(
+        memory: GuestMemory,
+        synic: Arc<dyn Synic>,
+        vps: u32,
+        devices: Vec<Box<dyn Device>>,
+        inbox: Receiver<Post>,
+        news: News,
+    ) -> io::Result<Self> {
+        let ram = memory.clone();
+        let mut server = Server::new(vps, Limits::default(), move |page| {
+            page.gpa().is_some_and(|gpa| ram.slice(gpa, PAGE_SIZE).is_some())
+        });
+        let mut by_relid = HashMap::new();
+        for (index, device) in devices.iter().enumerate() {
+            let offer = device.offer();
+            let relid = server
+                .offer(offer)
+                .ok_or_else(|| io::Error::other("there are more devices than channel numbers"))?;
+            by_relid.insert(relid, Offered { index, instance: offer.instance });
+        }
+        Ok(Self {
+            server,
+            memory,
+            synic,
+            devices,
+            by_relid,
+            running: HashMap::new(),
+            serial: 0,
+            gpadls: Gpadls::default(),
+            counters: CounterTable::default(),
+            inbox,
+            news,
+            outbox: VecDeque::new(),
+            blocked: false,
+            stopping: false,
+            complaints: Complaints::default(),
+        })
+    }
+
     fn run(mut self) -> Vec<Box<dyn Device>> {
         loop {
             // News first: a guest that posts without a pause does not keep workers' ends unheard.
-            while let Ok(event) = self.news.try_recv() {
+            while let Some(event) = self.news.next() {
                 self.hear(&event);
             }
             if !self.stopping
@@ -229,7 +232,7 @@ impl Bus {
                 continue;
             }
             let timeout = self.blocked.then_some(RETRY);
-            match wait([&self.wake, self.synic.slot_free()], timeout) {
+            match wait([self.news.event(), self.synic.slot_free()], timeout) {
                 // Nothing fired: the guest may have moved its message page meanwhile.
                 Ok([false, false] | [_, true]) => self.blocked = false,
                 Ok(_) => {}
@@ -251,9 +254,9 @@ impl Bus {
                     self.server.offer_subchannels(by.relid, *count);
                 }
             }
-            Event::GpadlUnused { by, id } => {
-                if self.is_current(*by) {
-                    self.server.gpadl_unused(by.relid, *id);
+            Event::GpadlUnused(list) => {
+                if self.gpadls.is_unused(*list) {
+                    self.server.gpadl_unused(list.relid, list.id);
                 }
             }
             Event::Stop => {
@@ -354,13 +357,8 @@ impl Bus {
         };
         let shared = Arc::new(Shared::new(counters));
         self.serial += 1;
-        let link = Link {
-            opened: Opened { relid, serial: self.serial },
-            shared: Arc::clone(&shared),
-            gpadls: self.gpadls.clone(),
-            events: self.events.clone(),
-            wake: Arc::clone(&self.wake),
-        };
+        let opened = Opened { relid, serial: self.serial };
+        let link = Link::new(opened, Arc::clone(&shared), self.gpadls.clone(), self.news.clone());
         let channel = Channel::new(
             self.memory.clone(),
             incoming,
@@ -426,5 +424,7 @@ impl Complaints {
     }
 }
 
+#[cfg(test)]
+mod lending;
 #[cfg(test)]
 mod tests;

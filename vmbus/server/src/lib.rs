@@ -14,6 +14,7 @@ pub mod channel;
 pub mod fuzzing;
 pub mod host;
 mod mapping;
+mod news;
 mod poll;
 pub mod server;
 pub mod testing;

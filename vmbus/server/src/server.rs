@@ -171,7 +171,7 @@ impl Server {
             State::Closed => return,
             // It gave up before we heard that it had begun: the guest shall have its answer first.
             State::Opening { .. } => return self.channel_opened(relid, false),
-            State::Open { .. } | State::Closing => channel.state = State::Closed,
+            State::Open { .. } | State::Closing { .. } => channel.state = State::Closed,
         }
         self.stopped(relid);
     }
@@ -180,9 +180,15 @@ impl Server {
     fn stopped(&mut self, relid: Relid) {
         self.rescind_subchannels(relid);
         for owner in [Some(relid), self.channels.get(relid).and_then(|channel| channel.primary)] {
-            let Some(owner) = owner.filter(|owner| self.channels.is_idle(*owner)) else { continue };
+            let Some(owner) = owner else { continue };
+            let is_idle = self.channels.is_idle(owner);
             for gpadl in self.gpadls.torn_down(owner) {
-                self.give_back(owner, gpadl);
+                if is_idle {
+                    self.give_back(owner, gpadl);
+                } else {
+                    // The ring, for which nobody was asked as long as its worker ran.
+                    self.ask_for(owner, gpadl);
+                }
             }
         }
         self.withdraw_if_done(relid);
@@ -327,10 +333,10 @@ impl Server {
     fn close(&mut self, relid: Relid) {
         let Some(channel) = self.channels.get_mut(relid) else { return };
         match &mut channel.state {
-            State::Closed | State::Closing => {}
+            State::Closed | State::Closing { .. } => {}
             State::Opening { close, .. } => *close = true,
-            State::Open { .. } => {
-                channel.state = State::Closing;
+            State::Open { ring } => {
+                channel.state = State::Closing { ring: *ring };
                 self.actions.push_back(Action::Close { relid });
             }
         }
@@ -407,13 +413,19 @@ impl Server {
         if self.channels.is_idle(owner) || !self.gpadls.tear_down_later(gpadl) {
             return self.give_back(owner, gpadl);
         }
-        // A ring is in use until its worker stops; who else uses pages is not known here.
-        let until_stopped = self.channels.get(owner).is_some_and(|channel| match channel.state {
-            State::Opening { ring, .. } | State::Open { ring } => ring == gpadl,
-            State::Closing => true,
+        self.ask_for(owner, gpadl);
+    }
+
+    /// Has workers let go of a list that the guest wants back. A ring is in use until its worker stops; who
+    /// else uses pages is not known here.
+    fn ask_for(&mut self, owner: Relid, gpadl: GpadlId) {
+        let is_ring = self.channels.get(owner).is_some_and(|channel| match channel.state {
+            State::Opening { ring, .. } | State::Open { ring } | State::Closing { ring } => {
+                ring == gpadl
+            }
             State::Closed => false,
         });
-        if !until_stopped {
+        if !is_ring && self.gpadls.ask_for(gpadl) {
             self.actions.push_back(Action::GpadlWanted { relid: owner, gpadl });
         }
     }

@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crossbeam_channel::Receiver;
 use hypervisor::memory::GuestMemory;
 use hypervisor::synic::EventPort;
 use hypervisor::{Gpn, PAGE_SIZE, VpIndex};
@@ -25,8 +24,9 @@ use vmbus::protocol::{GpadlId, Relid};
 use vmbus::ring::{Incoming, Outgoing};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::channel::{Channel, Event, Gpadls, Link, Opened, Shared};
+use crate::channel::{Channel, Gpadls, Link, Shared};
 use crate::mapping::{DoubleMapped, map_ring};
+use crate::news::{Event, News, Opened};
 use crate::poll::{lend, wait};
 
 /// The pages per direction that Linux's storvsc has, the control page included.
@@ -47,7 +47,7 @@ pub struct GuestEnd {
     shared: Arc<Shared>,
     gpadls: Gpadls,
     relid: Relid,
-    events: Receiver<Event>,
+    news: News,
     closed: bool,
     subchannels: Option<u16>,
     unused: Vec<GpadlId>,
@@ -110,7 +110,7 @@ pub fn channel_in(
     let shared = Arc::new(Shared::default());
     let gpadls = Gpadls::default();
     let relid = Relid(u32::from(subchannel) + 1);
-    let (sender, events) = crossbeam_channel::unbounded();
+    let news = News::new().expect("an eventfd");
     let channel = Channel::new(
         memory.clone(),
         Incoming::new(map(&up)).expect("a new ring"),
@@ -119,13 +119,7 @@ pub fn channel_in(
         Arc::clone(&interrupt) as Arc<dyn EventPort>,
         subchannel,
         VpIndex(0),
-        Link {
-            opened: Opened { relid, serial: 0 },
-            shared: Arc::clone(&shared),
-            gpadls: gpadls.clone(),
-            events: sender,
-            wake: Arc::new(event()),
-        },
+        Link::new(Opened { relid, serial: 0 }, Arc::clone(&shared), gpadls.clone(), news.clone()),
     );
     let guest = GuestEnd {
         memory: memory.clone(),
@@ -136,7 +130,7 @@ pub fn channel_in(
         shared,
         gpadls,
         relid,
-        events,
+        news,
         closed: false,
         subchannels: None,
         unused: Vec::new(),
@@ -234,13 +228,7 @@ impl GuestEnd {
     /// Waits until the host's end has let go of the pages of `id`, for at most `timeout`; false if it has
     /// not.
     pub fn wait_unused(&mut self, id: GpadlId, timeout: Duration) -> bool {
-        while !self.unused.contains(&id) {
-            match self.events.recv_timeout(timeout) {
-                Ok(event) => self.note(&event),
-                Err(_) => return false,
-            }
-        }
-        true
+        self.wait_until(timeout, |guest| guest.unused.contains(&id))
     }
 
     /// Asks the host's worker to end, as the bus does when the guest closes the channel.
@@ -256,13 +244,7 @@ impl GuestEnd {
 
     /// Waits until the host's end has been dropped, for at most `timeout`; false if it was not.
     pub fn wait_closed(&mut self, timeout: Duration) -> bool {
-        while !self.closed {
-            match self.events.recv_timeout(timeout) {
-                Ok(event) => self.note(&event),
-                Err(_) => return self.closed,
-            }
-        }
-        true
+        self.wait_until(timeout, |guest| guest.closed)
     }
 
     /// How many sub-channels the host's end has asked for.
@@ -271,8 +253,21 @@ impl GuestEnd {
         self.subchannels
     }
 
+    fn wait_until(&mut self, timeout: Duration, is_so: impl Fn(&Self) -> bool) -> bool {
+        let timeout = Timespec::try_from(timeout).expect("a short time");
+        loop {
+            self.take_events();
+            if is_so(self) {
+                return true;
+            }
+            if !matches!(wait([self.news.event()], Some(timeout)), Ok([true])) {
+                return false;
+            }
+        }
+    }
+
     fn take_events(&mut self) {
-        while let Ok(event) = self.events.try_recv() {
+        while let Some(event) = self.news.next() {
             self.note(&event);
         }
     }
@@ -281,7 +276,7 @@ impl GuestEnd {
         match event {
             Event::Closed(_) => self.closed = true,
             Event::OfferSubchannels { count, .. } => self.subchannels = Some(*count),
-            Event::GpadlUnused { id, .. } => self.unused.push(*id),
+            Event::GpadlUnused(list) => self.unused.push(list.id),
             Event::Stop => {}
         }
     }

@@ -111,9 +111,9 @@ pub trait Queue {
     /// Frames sent by one queue leave in order.
     ///
     /// # Safety
-    /// Every buffer must be memory that may be read until the frame's completion is in `done` or
-    /// `uring` has been dropped. Others may write there meanwhile, as guests do: what is then sent
-    /// is undefined, nothing else is.
+    /// Every buffer must be memory that may be read until the frame's completion is in `done`, or
+    /// both `uring` and the queue have been dropped. Others may write there meanwhile, as guests do:
+    /// what is then sent is undefined, nothing else is.
     ///
     /// `uring` must be the one the queue was made with.
     unsafe fn send(&mut self, frame: Frame<'_>, uring: &mut Uring, done: &mut Completions);

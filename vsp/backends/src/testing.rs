@@ -36,7 +36,7 @@ use crate::block::{
     BlockError, BlockErrorKind, Buffer, Completion, Completions, Disk, Geometry, Operation, Queue,
     Request,
 };
-use crate::uring::{Cqe, Tag, Token, Uring};
+use crate::uring::{Cqe, Remains, Tag, Token, Uring};
 
 /// What happens to requests that touch a range of the disk. A flush touches every range.
 #[derive(Clone, Debug)]
@@ -178,6 +178,7 @@ impl Disk for FaultyDisk {
             tag,
             waiting: HashMap::new(),
             next: 0,
+            remains: uring.remains(),
         }))
     }
 }
@@ -191,6 +192,7 @@ struct FaultyQueue {
     tag: Tag,
     waiting: HashMap<u64, Box<Waiting>>,
     next: u64,
+    remains: Remains,
 }
 
 /// A request that starts later, and what the operation it waits for points to.
@@ -236,10 +238,10 @@ impl FaultyQueue {
         };
         let key = OWN | self.next;
         self.next = (self.next + 1) % OWN;
-        let entry = entry.user_data(Token::new(self.tag, key).user_data());
+        let token = Token::new(self.tag, key);
         // SAFETY: what the entry points to is in the box, which stays in the map until the
-        // operation has completed, or for ever if the queue is dropped before.
-        unsafe { uring.push(&entry) }?;
+        // operation has completed; if the queue is dropped before, the ring keeps it until then.
+        unsafe { uring.push(&entry.user_data(token.user_data())) }?;
         self.waiting.insert(key, waiting);
         Ok(())
     }
@@ -291,7 +293,7 @@ impl Queue for FaultyQueue {
 
 impl Drop for FaultyQueue {
     fn drop(&mut self) {
-        std::mem::forget(std::mem::take(&mut self.waiting));
+        self.remains.keep(std::mem::take(&mut self.waiting));
     }
 }
 

@@ -16,13 +16,20 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::squeue::{Entry, Flags};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, types};
 
+pub use self::remains::Remains;
+
+mod remains;
+
 /// `user_data` of the entry by which a dropped ring cancels what is still under way.
 const CANCEL: u64 = u64::MAX;
+
+/// How long a dropped ring waits for what it has cancelled before it says so, and cancels again.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Places for registered files in a ring.
 const FILE_SLOTS: u32 = 64;
@@ -135,9 +142,9 @@ impl Target {
 /// single-issuer ring to that.
 ///
 /// Dropping it cancels what is still under way and waits for it, so that the kernel touches no
-/// buffer afterwards. (Kernels before 5.19 cannot cancel everything at once; there, a worker has to
-/// see its own completions first.) It should therefore be declared before, and so dropped before,
-/// what its operations point into.
+/// buffer afterwards. What cannot be cancelled, such as a write that a disk is busy with, is waited
+/// for as long as it takes; a line says so. It should therefore be declared before, and so dropped
+/// before, what its operations point into. A queue's own memory is safe in any order: see [`Remains`].
 pub struct Uring {
     ring: IoUring,
     /// Completion work waits for an enter that asks for it.
@@ -148,6 +155,10 @@ pub struct Uring {
     counters: Counters,
     files: u32,
     file_slots: u32,
+    /// Operations that may wait for ever, by what they carry: kernels before 5.19 cancel none whose
+    /// name they are not told.
+    waits: Vec<u64>,
+    remains: Remains,
     /// Not `Send`.
     thread: PhantomData<*mut ()>,
 }
@@ -187,6 +198,8 @@ impl Uring {
             counters: Counters::default(),
             files: 0,
             file_slots,
+            waits: Vec::new(),
+            remains: Remains::default(),
             thread: PhantomData,
         })
     }
@@ -244,6 +257,24 @@ impl Uring {
             self.enter(0)?;
         }
         Err(io::Error::from_raw_os_error(libc::EBUSY))
+    }
+
+    /// [`Self::push`] of an operation that may not end by itself, such as a poll or a receive. Its
+    /// token stays the same when it is pushed again.
+    ///
+    /// # Safety
+    /// As [`Self::push`].
+    pub unsafe fn push_waiting(&mut self, entry: Entry, token: Token) -> io::Result<()> {
+        if !self.waits.contains(&token.0) {
+            self.waits.push(token.0);
+        }
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.push(&entry.user_data(token.0)) }
+    }
+
+    /// Where a queue leaves what the kernel may still use when the queue goes.
+    pub fn remains(&self) -> Remains {
+        self.remains.clone()
     }
 
     /// Operations collected and not yet handed over.
@@ -371,19 +402,50 @@ impl Uring {
         Target::descriptor(fd)
     }
 
-    /// Cancels everything and waits for it. Only kernels from 5.19 can cancel what they are not
-    /// told the name of.
-    fn drain(&mut self) -> io::Result<()> {
-        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any().all()).build();
-        // SAFETY: a cancellation points to nothing.
-        unsafe { self.push(&cancel.user_data(CANCEL)) }?;
+    /// Cancels everything and waits for it. Returns the completions that nobody has heard of.
+    fn drain(&mut self) -> io::Result<Vec<Cqe>> {
+        let mut unheard = Vec::new();
+        let mut told = false;
         while self.in_flight > 0 {
-            self.submit_and_wait(1)?;
-            while let Some(cqe) = self.next() {
-                if cqe.token.0 == CANCEL && cqe.result == -libc::EINVAL {
-                    return Ok(());
+            self.cancel_all()?;
+            let again = Instant::now() + PATIENCE;
+            while self.in_flight > 0
+                && let Some(left) = again.checked_duration_since(Instant::now())
+            {
+                self.submit_and_wait_timeout(1, left)?;
+                while let Some(cqe) = self.next() {
+                    match cqe.token.0 {
+                        CANCEL if cqe.result == -libc::EINVAL => self.cancel_waits()?,
+                        CANCEL => {}
+                        _ => unheard.push(cqe),
+                    }
                 }
             }
+            if self.in_flight > 0 && !told {
+                told = true;
+                tracing::warn!(
+                    operations = self.in_flight,
+                    "the host does not end I/O that was cancelled; its worker waits for it"
+                );
+            }
+        }
+        Ok(unheard)
+    }
+
+    /// Cancels whatever is under way (Linux 5.19).
+    fn cancel_all(&mut self) -> io::Result<()> {
+        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any().all()).build();
+        // SAFETY: a cancellation points to nothing.
+        unsafe { self.push(&cancel.user_data(CANCEL)) }
+    }
+
+    /// Cancels by name what may wait for ever. Anything else ends by itself.
+    fn cancel_waits(&mut self) -> io::Result<()> {
+        for wait in std::mem::take(&mut self.waits) {
+            let cancel = opcode::AsyncCancel::new(wait).build();
+            // SAFETY: a cancellation points to nothing.
+            unsafe { self.push(&cancel.user_data(CANCEL)) }?;
+            self.waits.push(wait);
         }
         Ok(())
     }
@@ -391,8 +453,12 @@ impl Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        if self.in_flight > 0 && self.drain().is_err() {
-            tracing::warn!("an io_uring was closed with operations under way");
+        match self.drain() {
+            Ok(unheard) => self.remains.release(unheard),
+            Err(error) => {
+                tracing::error!(%error, "an io_uring was closed with operations under way");
+                self.remains.abandon();
+            }
         }
     }
 }
@@ -439,7 +505,7 @@ impl<F: AsRawFd> Doorbell<F> {
         let fd = types::Fd(self.eventfd.as_raw_fd());
         let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build();
         // SAFETY: a poll points to nothing, and holds the file by itself.
-        unsafe { uring.push(&poll.user_data(self.token.user_data())) }
+        unsafe { uring.push_waiting(poll, self.token) }
     }
 
     /// To be called with each completion that carries the doorbell's token: arms it again when the

@@ -278,3 +278,66 @@ fn passt_says_why_it_ends() {
         other => panic!("{other:?}"),
     }
 }
+
+/// A worker whose guest broke its ring drops what it has, its io_uring first. What had come and was
+/// not passed on, and what was under way, are the next worker's.
+#[test]
+fn a_worker_that_gives_up_leaves_the_stream_to_the_next() {
+    let (network, mut peer) = stream();
+    let mut nic = Nic::new(&network, 4, 2000);
+    peer.write_all(&framed(&numbered(1))).unwrap();
+    nic.until(|nic| nic.received.len() == 1);
+    // The kernel waits for more by itself, and gets some that the worker does not hear of.
+    nic.turn();
+    let late = framed(&numbered(2));
+    peer.write_all(&late[..70]).unwrap();
+    drop(nic);
+    assert!(network.link().up);
+    peer.write_all(&late[70..]).unwrap();
+    peer.write_all(&framed(&numbered(3))).unwrap();
+    let mut nic = Nic::new(&network, 4, 2000);
+    nic.until(|nic| nic.received.len() == 2);
+    assert_eq!(nic.received, [numbered(2), numbered(3)]);
+    nic.send(&numbered(4));
+    nic.until(|nic| nic.sent == [Ok(())]);
+    let mut bytes = framed(&numbered(4));
+    let expected = bytes.clone();
+    bytes.fill(0);
+    peer.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, expected);
+}
+
+/// As often as guests break rings: a frame of which the other side has a part gets its rest, out of
+/// what the worker left behind, and the next worker's frames follow it.
+#[test]
+fn a_frame_that_was_begun_is_ended_by_the_next_worker() {
+    let (network, mut peer) = stream();
+    let long = |number: u8| vec![number; 60_000];
+    for number in 0..3 {
+        let mut nic = Nic::new(&network, 1, 2000);
+        // More than the socket holds, so that some of it stays in the queue.
+        (0..20).for_each(|_| nic.send(&long(number)));
+        nic.turn();
+        nic.turn();
+        assert!(nic.queue.in_flight() > 1);
+        drop(nic);
+    }
+    assert!(network.link().up);
+    let mut nic = Nic::new(&network, 1, 2000);
+    let reader = std::thread::spawn(move || {
+        let mut seen = Vec::new();
+        while seen.last() != Some(&9) {
+            let mut len = [0; 4];
+            peer.read_exact(&mut len).unwrap();
+            let mut frame = vec![0; u32::from_be_bytes(len) as usize];
+            peer.read_exact(&mut frame).unwrap();
+            assert_eq!((frame.len(), frame.iter().all(|byte| *byte == frame[0])), (60_000, true));
+            seen.push(frame[0]);
+        }
+        seen
+    });
+    nic.send(&long(9));
+    nic.until(|nic| nic.sent == [Ok(())]);
+    let seen = reader.join().unwrap();
+    assert!(seen.len() > 1 && seen.is_sorted(), "{seen:?}");
+}

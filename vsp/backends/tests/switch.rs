@@ -499,3 +499,18 @@ proptest! {
         prop_assert_eq!(c.queue.counters().received, sent - c.queue.counters().receive_drops);
     }
 }
+
+/// A worker whose guest broke its ring drops what it has, its io_uring first.
+#[test]
+fn a_worker_that_gives_up_leaves_its_port_to_the_next() {
+    let switch = switch();
+    let ports: Vec<_> = (0..2).map(|_| switch.port(PortOptions::default()).unwrap()).collect();
+    let mut a = Nic::new(&ports[0], 4);
+    for round in 0..20 {
+        let mut b = Nic::new(&ports[1], 4);
+        b.send(&frame(A, B, b"I am B"), Offload::NONE).unwrap();
+        assert_eq!(a.take().len(), 1, "round {round}");
+        a.send(&frame(B, A, b"not taken"), Offload::NONE).unwrap();
+        drop(b);
+    }
+}

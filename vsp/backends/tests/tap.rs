@@ -372,3 +372,29 @@ fn a_tap_is_made_joined_and_removed() {
         }
     });
 }
+
+/// A worker whose guest broke its ring drops what it has, its io_uring first, with buffers lent and
+/// frames under way.
+#[test]
+fn a_worker_that_gives_up_leaves_its_tap_to_the_next() {
+    in_namespace(|| {
+        let tap = Tap::open("up0", TapOptions { queues: 2, ..TapOptions::default() }).unwrap();
+        for round in 0..20 {
+            let mut bytes = [2; 60];
+            let pieces = [bytes.as_mut_slice().into()];
+            let frame = Frame { id: 1, len: 60, buffers: &pieces, offload: Offload::NONE };
+            let mut workers = [Worker::new(&tap, 0, 8), Worker::new(&tap, 1, 8)];
+            for worker in &mut workers {
+                worker.queue.turn(&mut worker.uring, &mut worker.done);
+                // SAFETY: the bytes outlive the worker.
+                unsafe { worker.queue.send(frame, &mut worker.uring, &mut worker.done) };
+                if round % 2 == 0 {
+                    worker.uring.submit().unwrap();
+                }
+                assert!(worker.queue.in_flight() > 0);
+            }
+        }
+        let mut worker = Worker::new(&tap, 0, 8);
+        assert_eq!(worker.send(&mut [2; 60], Offload::NONE), Ok(()));
+    });
+}

@@ -241,7 +241,11 @@ impl Engine {
             return self.negotiate(id, &message, channel, uring);
         }
         let rndis = message.body::<RndisPacket>();
-        let send = self.session.send.get().filter(|_| !self.session.send_loan.is_over());
+        if rndis.is_some_and(|rndis| rndis.section != RndisPacket::NO_SECTION) {
+            self.join_send_buffer();
+        }
+        let usable = self.send_pages.is_some() && !self.session.send_loan.is_over();
+        let send = self.session.send.get().filter(|_| usable);
         let Some(rndis) = rndis.filter(|rndis| self.sends.look_up(packet, rndis, send)) else {
             self.count(|counters| counters.malformed.add(1));
             self.answer(id, completed(Status::InvalidRndisPacket));
@@ -253,6 +257,14 @@ impl Engine {
             _ => self.answer(id, completed(Status::Failure)),
         }
         Ok(())
+    }
+
+    /// Takes this channel's part in the send buffer, which may have been shared after the channel was
+    /// opened. Without it the guest could have the buffer back while frames leave from there.
+    fn join_send_buffer(&mut self) {
+        if self.send_pages.is_none() && !self.session.send_loan.is_over() {
+            self.send_pages = self.session.send_loan.join();
+        }
     }
 
     fn answer(&mut self, id: Option<u64>, message: Outgoing) {
@@ -307,7 +319,7 @@ impl Engine {
             Step::SendBuffer(layout) => {
                 let memory = shared(layout.gpadl, &self.session.send_loan);
                 let _ = self.session.send.set(Send { memory, layout });
-                self.send_pages = self.session.send_loan.join();
+                self.join_send_buffer();
             }
             Step::RevokeReceive => self.session.revoke_receive(),
             Step::RevokeSend => self.session.revoke_send(),
@@ -399,7 +411,7 @@ impl Engine {
             // What lies with the network is of the wrong size.
             queue.recall(uring, &mut self.done);
         }
-        if !self.closing {
+        if !self.closing && self.receive_pages.is_some() {
             self.receives.offer(queue.as_mut(), uring, &mut self.done);
         }
         queue.turn(uring, &mut self.done);

@@ -44,12 +44,15 @@ pub(super) struct Reply {
 pub(super) struct Handshake {
     state: State,
     grants: Grants,
+    /// Sub-channels may be asked for: on the primary channel, and once.
+    may_ask: bool,
 }
 
 impl Handshake {
     /// For a channel that was just opened.
     pub(super) fn new(primary: bool, grants: Grants) -> Self {
-        Self { state: if primary { State::Closed } else { State::Ready }, grants }
+        let state = if primary { State::Closed } else { State::Ready };
+        Self { state, grants, may_ask: primary }
     }
 
     /// Whether commands are served.
@@ -111,11 +114,12 @@ impl Handshake {
                 Ok(Step::Done)
             }
             Operation::CreateSubChannels => {
-                in_state(self.state == State::Ready)?;
+                in_state(self.state == State::Ready && self.may_ask)?;
                 let count: u16 = packet.body().ok_or(NtStatus::InvalidParameter)?;
                 if count > self.grants.max_subchannels {
                     return Err(NtStatus::InvalidParameter);
                 }
+                self.may_ask = count == 0;
                 Ok(Step::Subchannels(count))
             }
             _ => Err(NtStatus::InvalidDeviceRequest),
@@ -163,9 +167,35 @@ mod tests {
         assert!(shake.is_ready());
         assert_eq!(ask(&mut shake, Operation::CreateSubChannels, &[2, 0]), (NtStatus::Success, 2));
         assert_eq!(
-            ask(&mut shake, Operation::CreateSubChannels, &[4, 0]),
-            (NtStatus::InvalidParameter, 0)
+            ask(&mut shake, Operation::CreateSubChannels, &[2, 0]),
+            (NtStatus::InvalidDeviceState, 0),
+            "once"
         );
+    }
+
+    #[test]
+    fn sub_channels_are_granted_once_and_on_the_primary_channel() {
+        let mut shake = Handshake::new(true, GRANTS);
+        let begin = |shake: &mut Handshake| {
+            ask(shake, Operation::BeginInitialization, &[]);
+            ask(shake, Operation::QueryProtocolVersion, &[0x02, 0x06, 0, 0]);
+            ask(shake, Operation::EndInitialization, &[]);
+        };
+        let create =
+            |shake: &mut Handshake, count| ask(shake, Operation::CreateSubChannels, &[count, 0]);
+        begin(&mut shake);
+        // Neither none nor too many are a grant.
+        assert_eq!(create(&mut shake, 0), (NtStatus::Success, 0));
+        assert_eq!(create(&mut shake, 4), (NtStatus::InvalidParameter, 0));
+        assert_eq!(create(&mut shake, 3), (NtStatus::Success, 3));
+        assert_eq!(create(&mut shake, 3), (NtStatus::InvalidDeviceState, 0));
+        // Whoever begins anew on the same channel has what was granted.
+        begin(&mut shake);
+        assert_eq!(create(&mut shake, 3), (NtStatus::InvalidDeviceState, 0));
+        let mut sub = Handshake::new(false, GRANTS);
+        assert_eq!(create(&mut sub, 1), (NtStatus::InvalidDeviceState, 0));
+        begin(&mut sub);
+        assert_eq!(create(&mut sub, 1), (NtStatus::InvalidDeviceState, 0));
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub const ME: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 /// Where the buffers are in guest memory, and where packets of their own.
 pub const RECEIVE: u64 = 4 * MIB;
 pub const RECEIVE_PAGES: u64 = 256;
-const SEND: u64 = 8 * MIB;
+pub const SEND: u64 = 8 * MIB;
 const SEND_PAGES: u64 = 32;
 const SCRATCH: u64 = MIB;
 
@@ -130,6 +130,12 @@ impl Guest {
     }
 
     pub fn shake_hands(&mut self, version: Version, capabilities: u64) {
+        self.share_receive_buffer(version, capabilities);
+        self.share_send_buffer();
+    }
+
+    /// The handshake up to the receive buffer.
+    pub fn share_receive_buffer(&mut self, version: Version, capabilities: u64) {
         let init = Init { min: version, max: version };
         let answer: InitComplete = self.ask(MessageKind::Init, &init);
         assert_eq!(answer.status, Status::Success);
@@ -141,6 +147,9 @@ impl Guest {
         assert_eq!((answer.status, answer.sections), (Status::Success, 1));
         assert!(u64::from(answer.slot_size * answer.slots) <= RECEIVE_PAGES * 4096);
         self.slot_size = answer.slot_size;
+    }
+
+    pub fn share_send_buffer(&mut self) {
         let share = ShareBuffer { gpadl: GpadlId(2), id: 0, reserved: 0 };
         let answer: SendBufferComplete = self.ask(MessageKind::SendSendBuffer, &share);
         assert_eq!((answer.status, answer.section_size), (Status::Success, 6144));

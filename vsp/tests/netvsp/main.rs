@@ -6,9 +6,9 @@ mod guest;
 use std::time::Duration;
 
 use vmbus::nvsp::{
-    Capabilities, ChannelType, Message, MessageKind, Outgoing, ReceiveBufferComplete, RevokeBuffer,
-    RndisPacket, SendIndirectionTable, ShareBuffer, Status, SubchannelComplete, SubchannelRequest,
-    Version,
+    Capabilities, ChannelType, Init, InitComplete, Message, MessageKind, Outgoing,
+    ReceiveBufferComplete, RevokeBuffer, RndisPacket, SendIndirectionTable, ShareBuffer, Status,
+    SubchannelComplete, SubchannelRequest, Version,
 };
 use vmbus::packet::{PacketFlags, PacketKind};
 use vmbus::protocol::GpadlId;
@@ -16,7 +16,7 @@ use vmbus::rndis::{Oid, PacketInfoKind};
 use zerocopy::IntoBytes;
 
 use guest::{
-    Both, Guest, ME, MIB, PATIENCE, RECEIVE, RECEIVE_PAGES, Received, data, frame, large,
+    Both, Guest, ME, MIB, PATIENCE, RECEIVE, RECEIVE_PAGES, Received, SEND, data, frame, large,
     open_second, reopen_second, segment, spread,
 };
 
@@ -383,6 +383,43 @@ fn buffers_that_are_torn_down_are_not_touched_any_more() {
         assert!(guest.get(RECEIVE, len).iter().all(|byte| *byte == 0x5A));
         assert!(guest.frames.is_empty());
     }
+}
+
+/// A sub-channel that was opened before there was a send buffer sends from it. The guest does not have
+/// that back before the last frame has left.
+#[test]
+fn a_send_buffer_is_not_given_back_while_a_channel_sends_from_it() {
+    let mut guest = Guest::unshaken();
+    guest.share_receive_buffer(Version::V6_1, Capabilities::IEEE_8021Q);
+    let mut second = open_second(&mut guest);
+    guest.share_send_buffer();
+    // Nothing is received any more, so that frames stay under way.
+    if guest.end.tear_down(GpadlId(1)) {
+        assert!(guest.end.wait_unused(GpadlId(1), PATIENCE));
+    }
+    let flags = PacketFlags::COMPLETION_REQUESTED;
+    let bytes = data(&[], &frame(ME, 100, 0));
+    guest.put(SEND, &bytes);
+    let len = bytes.len() as u32;
+    let body = RndisPacket { channel: ChannelType::Data, section: 0, section_len: len };
+    let packet = Outgoing::new(MessageKind::SendRndisPacket, &body);
+    second.send(PacketKind::InBand, flags, 1, packet.as_bytes());
+    // It makes no sense, and is answered when the one before has been taken.
+    second.send(PacketKind::InBand, flags, 2, &[0; 40]);
+    let mut buffer = [0; 8192];
+    assert_eq!(second.wait(&mut buffer, PATIENCE).map(|packet| packet.transaction_id), Some(2));
+    assert!(guest.end.tear_down(GpadlId(2)));
+    // By then the first channel has let go.
+    for _ in 0..2 {
+        let init = Init { min: Version::V6_1, max: Version::V6_1 };
+        guest.ask::<_, InitComplete>(MessageKind::Init, &init);
+    }
+    assert!(!guest.end.wait_unused(GpadlId(2), Duration::ZERO), "a frame is under way");
+    // Nothing more is sent from there.
+    second.send(PacketKind::InBand, flags, 3, packet.as_bytes());
+    assert_eq!(second.wait(&mut buffer, PATIENCE).map(|packet| packet.transaction_id), Some(3));
+    second.request_stop();
+    assert!(guest.end.wait_unused(GpadlId(2), PATIENCE));
 }
 
 #[test]

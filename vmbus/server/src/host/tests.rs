@@ -21,7 +21,7 @@ const MEMORY: u64 = 4 << 20;
 const RING: u64 = 4;
 
 /// A SynIC with one message slot, which counts events.
-struct FakeSynic {
+pub(super) struct FakeSynic {
     slot: Mutex<Slot>,
     filled: EventFd,
     slot_free: EventFd,
@@ -57,7 +57,7 @@ fn event() -> EventFd {
 }
 
 impl FakeSynic {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         let port = FakePort { count: AtomicU64::new(0), vp: AtomicU64::new(0), event: event() };
         Arc::new(Self {
             slot: Mutex::default(),
@@ -412,6 +412,16 @@ fn subchannels_reach_the_same_device() {
 }
 
 #[test]
+fn sub_channels_are_asked_for_once_in_an_opening() {
+    let (mut channel, mut guest) = crate::testing::pair(1 << 20);
+    (0..1000).for_each(|_| channel.offer_subchannels(3));
+    assert_eq!(guest.subchannels_requested(), Some(3));
+    channel.offer_subchannels(2);
+    assert_eq!(guest.subchannels_requested(), Some(3));
+    channel.publish();
+}
+
+#[test]
 fn a_broken_ring_costs_its_channel_only() {
     let (_host, guest) = start(echoes(2));
     guest.connect(2);
@@ -621,4 +631,66 @@ fn late_news_of_the_last_time_harm_no_new_channel() {
         guest.echoes(&mut rings, id);
     }
     guest.close(1);
+}
+
+/// Rings of which no two pages are neighbours take a mapping of the host for each page.
+#[test]
+fn scattered_rings_are_refused_before_the_host_has_no_mappings_left() {
+    const CHANNELS: u32 = 12;
+    const PAGES: usize = 1024;
+    let mappings = || std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let limit: usize = limit.trim().parse().unwrap();
+    if limit > 70_000 {
+        eprintln!("skipped: this host has more mappings than {CHANNELS} channels can take");
+        return;
+    }
+    let (_host, guest) = start(echoes(CHANNELS as u8));
+    guest.connect(CHANNELS as usize);
+    // The same pages for all.
+    let pages: Vec<u64> = (0..2 * PAGES as u64).map(|n| 100 + n % 2 * 2).collect();
+    let open = |relid: u32| {
+        let header = GpadlHeader {
+            header: Header::new(MessageKind::GpadlHeader),
+            relid: Relid(relid),
+            gpadl: GpadlId(relid),
+            range_bytes: (8 + pages.len() * 8) as u16,
+            range_count: 1,
+            range: GpaRange { len: (pages.len() * PAGE_SIZE) as u32, offset: 0 },
+        };
+        let (first, rest) = pages.split_at(26);
+        let mut message = [0; 28 + 8 * 26];
+        message[..28].copy_from_slice(header.as_bytes());
+        message[28..].copy_from_slice(first.as_bytes());
+        guest.send(&message);
+        for part in rest.chunks(28) {
+            let mut message = [0; 16 + 8 * 28];
+            let kind = [MessageKind::GpadlBody.0, 0, 0, relid];
+            message[..16].copy_from_slice(kind.as_bytes());
+            message[16..16 + 8 * part.len()].copy_from_slice(part.as_bytes());
+            guest.send(&message);
+        }
+        let created = guest.expect::<GpadlCreated>(MessageKind::GpadlCreated);
+        assert_eq!(created.status, STATUS_SUCCESS);
+        guest.send(&OpenChannel {
+            header: Header::new(MessageKind::OpenChannel),
+            relid: Relid(relid),
+            open_id: relid,
+            ring: GpadlId(relid),
+            target_vp: 0,
+            downstream_page: PAGES as u32,
+            user_data: [0; USER_DATA],
+        });
+        guest.expect::<OpenResult>(MessageKind::OpenResult).status == STATUS_SUCCESS
+    };
+    let opened: Vec<u32> = (1..=CHANNELS).take_while(|relid| open(*relid)).collect();
+    let count = opened.len() as u32;
+    assert!(count > 0 && count < CHANNELS, "{count} channels opened");
+    assert!(mappings() < limit * 3 / 4, "{} of {limit} mappings", mappings());
+    // Others are not hurt, and what is closed makes room.
+    guest.tear_down(count + 1);
+    let mut rings = guest.open(CHANNELS).unwrap();
+    guest.echoes(&mut rings, 1);
+    guest.close(1);
+    assert!(open(count + 1));
 }

@@ -19,7 +19,9 @@ pub(super) enum State {
         ring: GpadlId,
     },
     /// A worker is being stopped.
-    Closing,
+    Closing {
+        ring: GpadlId,
+    },
 }
 
 #[derive(Debug)]

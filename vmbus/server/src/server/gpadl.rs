@@ -52,6 +52,8 @@ struct Gpadl {
     pages: Pages,
     /// The guest wants it back.
     torn_down: bool,
+    /// Workers have been asked for it.
+    asked_for: bool,
 }
 
 impl Gpadl {
@@ -106,7 +108,7 @@ impl Gpadls {
         }
         // Memory follows the pages that come, not the number that is announced.
         let pages = Pages::Coming { count, so_far: Vec::new() };
-        self.lists.insert(gpadl, Gpadl { relid, pages, torn_down: false });
+        self.lists.insert(gpadl, Gpadl { relid, pages, torn_down: false, asked_for: false });
         self.more(gpadl, rest, is_ram)
     }
 
@@ -151,7 +153,7 @@ impl Gpadls {
     /// The pages of a complete list of `relid` that the guest has not asked back.
     pub(super) fn pages(&self, relid: Relid, gpadl: GpadlId) -> Option<&[Gpn]> {
         match self.lists.get(&gpadl)? {
-            Gpadl { relid: owner, pages: Pages::All(pages), torn_down: false }
+            Gpadl { relid: owner, pages: Pages::All(pages), torn_down: false, .. }
                 if *owner == relid =>
             {
                 Some(pages)
@@ -171,6 +173,12 @@ impl Gpadls {
             list.torn_down = true;
             true
         })
+    }
+
+    /// Notes that workers are asked for a list; false if they were, or there is none.
+    pub(super) fn ask_for(&mut self, gpadl: GpadlId) -> bool {
+        let list = self.lists.get_mut(&gpadl);
+        list.is_some_and(|list| !std::mem::replace(&mut list.asked_for, true))
     }
 
     /// The lists of `relid` that the guest wants back.

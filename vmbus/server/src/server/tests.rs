@@ -471,6 +471,7 @@ fn shared_pages_are_given_back_when_no_worker_uses_them() {
     bench.expect_close(1);
     bench.expect_close(relid);
     bench.send(&teardown(1, 8)).unwrap();
+    bench.expect_wanted(8);
     bench.quiet();
     bench.closed(1);
     bench.quiet();

@@ -18,7 +18,7 @@ use crate::block::{
     BlockError, BlockErrorKind, Buffer, Completion, Completions, Operation, Queue, Request, SECTOR,
     check,
 };
-use crate::uring::{Cqe, Tag, Target, Token, Uring};
+use crate::uring::{Cqe, Remains, Tag, Target, Token, Uring};
 
 /// Pieces of memory in one system call (`UIO_MAXIOV`).
 const MAX_PIECES: usize = 1024;
@@ -173,6 +173,7 @@ pub(super) struct FileQueue {
     /// What the host has not refused yet.
     punch_hole: bool,
     zero_range: bool,
+    remains: Remains,
 }
 
 impl FileQueue {
@@ -196,6 +197,7 @@ impl FileQueue {
             free: (0..depth).rev().collect(),
             punch_hole,
             zero_range,
+            remains: uring.remains(),
         }
     }
 
@@ -441,11 +443,7 @@ impl Drop for FileQueue {
     /// A queue that goes with requests under way leaves behind what the kernel still looks at.
     fn drop(&mut self) {
         if self.in_flight() > 0 {
-            tracing::warn!(
-                requests = self.in_flight(),
-                "a disk was closed with requests under way"
-            );
-            mem::forget((mem::take(&mut self.slots), Arc::clone(&self.image)));
+            self.remains.keep((mem::take(&mut self.slots), Arc::clone(&self.image)));
         }
     }
 }

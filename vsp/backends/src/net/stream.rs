@@ -15,7 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use self::queue::{Inbound, StreamQueue};
+use self::queue::{Middle, StreamQueue};
 use super::{Link, Network, Offloads, Queue, QueueConfig};
 use crate::uring::Uring;
 
@@ -32,8 +32,8 @@ struct Shared {
     socket: UnixStream,
     /// The other side has gone, or has broken the protocol, or we have hung up.
     gone: AtomicBool,
-    /// What was received and not yet passed on; with the queue while one is open.
-    inbound: Mutex<Option<Inbound>>,
+    /// Where the stream is within frames; with the queue while one is open.
+    middle: Mutex<Option<Middle>>,
 }
 
 impl Shared {
@@ -41,8 +41,8 @@ impl Shared {
         !self.gone.load(Ordering::Relaxed)
     }
 
-    fn put_back(&self, inbound: Inbound) {
-        *self.inbound.lock().unwrap_or_else(PoisonError::into_inner) = Some(inbound);
+    fn put_back(&self, middle: Middle) {
+        *self.middle.lock().unwrap_or_else(PoisonError::into_inner) = Some(middle);
     }
 }
 
@@ -51,9 +51,9 @@ impl Stream {
     pub fn new(socket: UnixStream, name: impl Into<String>, mtu: u16) -> io::Result<Self> {
         // The ring waits; the socket itself must not say that it would have to.
         socket.set_nonblocking(false)?;
-        let inbound = Mutex::new(Some(Inbound::new()));
+        let middle = Mutex::new(Some(Middle::new()));
         let gone = AtomicBool::new(false);
-        let shared = Shared { name: name.into(), socket, gone, inbound };
+        let shared = Shared { name: name.into(), socket, gone, middle };
         Ok(Self { shared: Arc::new(shared), mtu })
     }
 
@@ -88,12 +88,12 @@ impl Network for Stream {
         Ok(())
     }
 
-    fn queue(&self, config: QueueConfig, _: &mut Uring) -> io::Result<Box<dyn Queue>> {
+    fn queue(&self, config: QueueConfig, uring: &mut Uring) -> io::Result<Box<dyn Queue>> {
         if config.index > 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let inbound = self.shared.inbound.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let inbound = inbound.ok_or(io::ErrorKind::ResourceBusy)?;
-        Ok(Box::new(StreamQueue::new(Arc::clone(&self.shared), config, inbound)))
+        let middle = self.shared.middle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let middle = middle.ok_or(io::ErrorKind::ResourceBusy)?;
+        Ok(Box::new(StreamQueue::new(Arc::clone(&self.shared), config, middle, uring)))
     }
 }

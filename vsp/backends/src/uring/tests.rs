@@ -169,3 +169,79 @@ fn files_are_registered_while_there_is_room() {
         assert_eq!(count, 3);
     }
 }
+
+/// Says when it goes.
+struct Kept(std::rc::Rc<std::cell::Cell<bool>>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.set(true);
+    }
+}
+
+fn kept() -> (Kept, std::rc::Rc<std::cell::Cell<bool>>) {
+    let gone = std::rc::Rc::new(std::cell::Cell::new(false));
+    (Kept(std::rc::Rc::clone(&gone)), gone)
+}
+
+/// A read of an eventfd that nobody writes to.
+fn endless(uring: &mut Uring, event: &EventFd, into: &mut u64, tag: Tag) {
+    let fd = types::Fd(event.as_raw_fd());
+    let read = opcode::Read::new(fd, std::ptr::from_mut(into).cast(), 8).build();
+    // SAFETY: the callers' numbers outlive their rings.
+    unsafe { uring.push_waiting(read, Token::new(tag, 1)) }.unwrap();
+}
+
+#[test]
+fn what_a_queue_leaves_behind_goes_with_its_ring() {
+    let (event, mut number) = (EventFd::new(0).unwrap(), 0);
+    let mut uring = Uring::new(8).unwrap();
+    endless(&mut uring, &event, &mut number, Tag(3));
+    uring.submit().unwrap();
+    let remains = uring.remains();
+    let (value, gone) = kept();
+    remains.keep(value);
+    assert!(!gone.get(), "the kernel may use it");
+    assert!(remains.unheard(Tag(3)).is_none());
+    drop(uring);
+    assert!(gone.get());
+    // What comes after the ring is nobody's any more.
+    let (value, gone) = kept();
+    remains.keep(value);
+    assert!(gone.get());
+}
+
+#[test]
+fn how_operations_ended_that_nobody_heard_of_is_told_to_their_queue() {
+    let (event, mut number) = (EventFd::new(0).unwrap(), 0);
+    let mut uring = Uring::new(8).unwrap();
+    endless(&mut uring, &event, &mut number, Tag(3));
+    // SAFETY: a nop points to nothing.
+    unsafe { uring.push(&nop(5)) }.unwrap();
+    let remains = uring.remains();
+    drop(uring);
+    let told = |tag| -> Vec<_> {
+        let cqes = remains.unheard(tag).unwrap();
+        cqes.iter().map(|cqe| (cqe.token.value(), cqe.result)).collect()
+    };
+    assert_eq!(told(Tag(3)), [(1, -libc::ECANCELED)]);
+    assert_eq!(told(Tag(7)), [(5, 0)]);
+    assert_eq!(told(Tag(4)), []);
+}
+
+/// As on kernels that cannot cancel what they are not told the name of.
+#[test]
+fn what_may_wait_for_ever_is_cancelled_by_name() {
+    let (event, mut number) = (EventFd::new(0).unwrap(), 0);
+    let bell = Doorbell::new(EventFd::new(0).unwrap(), Token::new(Tag::WORKER, 1));
+    let mut uring = Uring::new(8).unwrap();
+    bell.arm(&mut uring).unwrap();
+    endless(&mut uring, &event, &mut number, Tag(3));
+    uring.submit().unwrap();
+    assert_eq!(uring.in_flight(), 2);
+    uring.cancel_waits().unwrap();
+    while uring.in_flight() > 0 {
+        uring.submit_and_wait(1).unwrap();
+        while uring.next().is_some() {}
+    }
+}

@@ -21,7 +21,7 @@ use crate::net::{
     Buffer, Completion, Completions, Counters, Dropped, ETHERNET_HEADER, Frame, MAX_FRAME, Offload,
     Offloads, Queue, QueueConfig,
 };
-use crate::uring::{Cqe, Tag, Target, Token, Uring};
+use crate::uring::{Cqe, Remains, Tag, Target, Token, Uring};
 
 /// In front of every frame: its length.
 const PREFIX: usize = 4;
@@ -40,8 +40,22 @@ const SEND: u64 = 0;
 const RECEIVE: u64 = 1;
 const CANCEL: u64 = 2;
 
+/// Where a stream is within frames, each way: what one queue leaves to the next.
+#[derive(Debug)]
+pub(super) struct Middle {
+    inbound: Inbound,
+    /// The rest of a frame of which a part has been sent. The other side waits for it.
+    begun: Vec<u8>,
+}
+
+impl Middle {
+    pub(super) fn new() -> Self {
+        Self { inbound: Inbound::new(), begun: Vec::new() }
+    }
+}
+
 /// What was received: bytes that hold frames one after the other, perhaps the last in part.
-pub(super) struct Inbound {
+struct Inbound {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
@@ -61,7 +75,7 @@ impl fmt::Debug for Inbound {
 struct Broken;
 
 impl Inbound {
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         Self { bytes: vec![0; INBOUND].into_boxed_slice(), start: 0, end: 0 }
     }
 
@@ -114,6 +128,8 @@ pub(super) struct StreamQueue {
     inbound: Option<Inbound>,
     /// Whether the kernel may write to the inbound bytes.
     receiving: bool,
+    /// The rest of a frame that another queue has begun. It goes before all else.
+    begun: Vec<u8>,
     offers: Offers,
     slots: Box<[Slot]>,
     free: Vec<u16>,
@@ -124,6 +140,7 @@ pub(super) struct StreamQueue {
     sending: bool,
     up: bool,
     counters: Counters,
+    remains: Remains,
 }
 
 /// How long the frame that begins with `bytes` is without its padding, which a stream has no use
@@ -140,8 +157,14 @@ fn unpadded(bytes: &[u8; SHORTEST], len: u32) -> u32 {
 }
 
 impl StreamQueue {
-    pub(super) fn new(shared: Arc<Shared>, config: QueueConfig, inbound: Inbound) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        config: QueueConfig,
+        middle: Middle,
+        uring: &Uring,
+    ) -> Self {
         let QueueConfig { tag, sends, receives, .. } = config;
+        let Middle { inbound, begun } = middle;
         let slot = || Slot { id: 0, len: 0, prefix: [0; PREFIX], pieces: Vec::new() };
         // SAFETY: all zeroes is a message header without anything.
         let header = unsafe { mem::zeroed() };
@@ -153,6 +176,7 @@ impl StreamQueue {
             target,
             inbound: Some(inbound),
             receiving: false,
+            begun,
             offers: Offers::new(receives),
             slots: (0..sends).map(|_| slot()).collect(),
             free: (0..sends).rev().collect(),
@@ -162,11 +186,12 @@ impl StreamQueue {
             sending: false,
             up,
             counters: Counters::default(),
+            remains: uring.remains(),
         }
     }
 
-    fn token(&self, kind: u64) -> u64 {
-        Token::new(self.tag, kind).user_data()
+    fn token(&self, kind: u64) -> Token {
+        Token::new(self.tag, kind)
     }
 
     /// The stream is of no use any more.
@@ -215,6 +240,13 @@ impl StreamQueue {
         }
     }
 
+    /// `bytes` more have been received.
+    fn has_come(&mut self, bytes: usize) {
+        if let Some(inbound) = &mut self.inbound {
+            inbound.end = (inbound.end + bytes).min(inbound.bytes.len());
+        }
+    }
+
     /// Asks the kernel for more, if there is somewhere to put it.
     fn receive(&mut self, uring: &mut Uring) {
         if self.receiving || !self.up || self.offers.is_empty() {
@@ -225,23 +257,26 @@ impl StreamQueue {
         let room = inbound.room();
         let entry = opcode::Recv::new(target.fd(), room.as_mut_ptr(), room.len() as u32)
             .build()
-            .flags(target.flags())
-            .user_data(token);
+            .flags(target.flags());
         // SAFETY: this memory is not touched before the operation has completed, and outlives it
         // even if this queue does not.
-        self.receiving = unsafe { uring.push(&entry) }.is_ok();
+        self.receiving = unsafe { uring.push_waiting(entry, token) }.is_ok();
     }
 
     /// Sends what waits, as much of it as goes into one message.
     fn transmit(&mut self, uring: &mut Uring) {
-        if self.sending || !self.up || self.queue.is_empty() {
+        if self.sending || !self.up || (self.queue.is_empty() && self.begun.is_empty()) {
             return;
         }
         let (token, target) = (self.token(SEND), self.target);
         let message = &mut *self.message;
         message.pieces.clear();
         let mut skip = self.sent;
-        for index in &self.queue {
+        if !self.begun.is_empty() {
+            message.pieces.push(Buffer::from(self.begun.as_mut_slice()));
+        }
+        // By itself: what is begun happens once in a stream's life.
+        for index in self.queue.iter().filter(|_| self.begun.is_empty()) {
             let Some(slot) = self.slots.get(usize::from(*index)) else { break };
             if message.pieces.len() + slot.pieces.len() > MAX_PIECES {
                 break;
@@ -260,15 +295,19 @@ impl StreamQueue {
         let entry = opcode::SendMsg::new(target.fd(), &raw const message.header)
             .flags(libc::MSG_NOSIGNAL as u32)
             .build()
-            .flags(target.flags())
-            .user_data(token);
-        // SAFETY: who sent the frames vouches for their buffers. The message and the slots are not
-        // touched before the operation has completed, and outlive it even if this queue does not.
-        self.sending = unsafe { uring.push(&entry) }.is_ok();
+            .flags(target.flags());
+        // SAFETY: who sent the frames vouches for their buffers. The message, the slots and what was
+        // begun are not touched before the operation has completed, and outlive it even if this queue
+        // does not.
+        self.sending = unsafe { uring.push_waiting(entry, token) }.is_ok();
     }
 
     /// `bytes` of the message have gone.
     fn gone(&mut self, bytes: usize, done: &mut Completions) {
+        if !self.begun.is_empty() {
+            self.begun.drain(..bytes.min(self.begun.len()));
+            return;
+        }
         self.sent += bytes;
         while let Some(index) = self.queue.front().copied() {
             let Some(slot) = self.slots.get(usize::from(index)) else { return };
@@ -340,9 +379,7 @@ impl Queue for StreamQueue {
                 match usize::try_from(cqe.result) {
                     Ok(0) => self.lost(&"its other side is gone", done),
                     Ok(bytes) => {
-                        if let Some(inbound) = &mut self.inbound {
-                            inbound.end = (inbound.end + bytes).min(inbound.bytes.len());
-                        }
+                        self.has_come(bytes);
                         self.pass_on(done);
                     }
                     Err(_) => match cqe.result.wrapping_neg() {
@@ -382,10 +419,10 @@ impl Queue for StreamQueue {
     fn recall(&mut self, uring: &mut Uring, done: &mut Completions) {
         self.offers.recall(done);
         if self.receiving {
-            let cancel = opcode::AsyncCancel::new(self.token(RECEIVE)).build();
+            let cancel = opcode::AsyncCancel::new(self.token(RECEIVE).user_data()).build();
             // SAFETY: a cancellation points to nothing. If it cannot be pushed, the operation ends
             // with what comes next.
-            let _ = unsafe { uring.push(&cancel.user_data(self.token(CANCEL))) };
+            let _ = unsafe { uring.push(&cancel.user_data(self.token(CANCEL).user_data())) };
         }
     }
 
@@ -398,19 +435,49 @@ impl Queue for StreamQueue {
     }
 }
 
+impl StreamQueue {
+    /// What the next queue has to know. Nothing is with the kernel any more.
+    fn middle(&mut self, inbound: Inbound) -> Middle {
+        let mut begun = mem::take(&mut self.begun);
+        let front = self.queue.front().and_then(|index| self.slots.get(usize::from(*index)));
+        if let Some(slot) = front.filter(|_| self.sent > 0) {
+            begun = vec![0; PREFIX + slot.len as usize];
+            // SAFETY: who sent the frame vouches for its buffers for as long as this queue lives.
+            unsafe { Cursor::new(&slot.pieces).read(&mut begun) };
+            begun.drain(..self.sent.min(begun.len()));
+        }
+        Middle { inbound, begun }
+    }
+}
+
 impl Drop for StreamQueue {
-    /// A queue that goes with operations under way leaves behind what the kernel still looks at,
-    /// and the stream with it, which may have stopped within a frame.
+    /// A queue that goes with operations under way, as its worker gave up, takes note of how they
+    /// ended: the stream goes on where it stopped, be that within a frame. If it goes before its ring
+    /// they have not ended. Then it leaves behind what the kernel still looks at, and the stream is
+    /// lost.
     fn drop(&mut self) {
-        if self.sending || self.receiving || self.sent > 0 {
-            tracing::warn!("a network was closed with frames under way");
+        let Some(unheard) = (match self.sending || self.receiving {
+            true => self.remains.unheard(self.tag),
+            false => Some(Vec::new()),
+        }) else {
             self.shared.gone.store(true, Ordering::Relaxed);
             let empty = Box::new(Message { header: self.message.header, pieces: Vec::new() });
             let message = mem::replace(&mut self.message, empty);
-            let inbound = self.inbound.take();
-            mem::forget((message, mem::take(&mut self.slots), inbound, Arc::clone(&self.shared)));
-        } else if let Some(inbound) = self.inbound.take() {
-            self.shared.put_back(inbound);
+            let (slots, begun) = (mem::take(&mut self.slots), mem::take(&mut self.begun));
+            let used = (message, slots, begun, self.inbound.take(), Arc::clone(&self.shared));
+            return self.remains.keep(used);
+        };
+        for cqe in unheard {
+            // What has failed is found out again by the next queue.
+            match (cqe.token.value(), usize::try_from(cqe.result)) {
+                (RECEIVE, Ok(bytes)) => self.has_come(bytes),
+                (SEND, Ok(bytes)) => self.gone(bytes, &mut Completions::default()),
+                _ => {}
+            }
+        }
+        if let Some(inbound) = self.inbound.take() {
+            let middle = self.middle(inbound);
+            self.shared.put_back(middle);
         }
     }
 }

@@ -327,11 +327,14 @@ impl Network for Tap {
         if place.open.swap(true, Ordering::Acquire) {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
-        if let Err(error) = self.shared.attach(config.index, true) {
-            place.open.store(false, Ordering::Release);
-            return Err(error);
+        let attached = self.shared.attach(config.index, true);
+        match attached.and_then(|()| TapQueue::new(Arc::clone(&self.shared), config, uring)) {
+            Ok(queue) => Ok(Box::new(queue)),
+            Err(error) => {
+                self.shared.close(config.index);
+                Err(error)
+            }
         }
-        Ok(Box::new(TapQueue::new(Arc::clone(&self.shared), config, uring)?))
     }
 }
 

@@ -22,7 +22,7 @@ use crate::net::{
     Buffer, Completion, Completions, Counters, Dropped, Frame, MAX_BUFFERS, Offload, Queue,
     QueueConfig,
 };
-use crate::uring::{Cqe, Doorbell, Tag, Target, Token, Uring};
+use crate::uring::{Cqe, Doorbell, Remains, Tag, Target, Token, Uring};
 
 /// In front of every frame.
 const HEADER: usize = size_of::<VirtioNetHeader>();
@@ -146,6 +146,7 @@ pub(super) struct TapQueue {
     news: Doorbell<News>,
     up: bool,
     counters: Counters,
+    remains: Remains,
 }
 
 impl TapQueue {
@@ -179,6 +180,7 @@ impl TapQueue {
             news,
             up,
             counters: Counters::default(),
+            remains: uring.remains(),
         })
     }
 
@@ -265,10 +267,10 @@ impl TapQueue {
 
     /// Asks to be told when there is something to read.
     fn poll(&mut self, uring: &mut Uring) {
-        let token = self.token(POLL, 0);
+        let token = Token::new(self.tag, value(POLL, 0));
         let poll = opcode::PollAdd::new(self.target.fd(), libc::POLLIN as u32).build();
         // SAFETY: a poll points to nothing.
-        let pushed = unsafe { uring.push(&poll.flags(self.target.flags()).user_data(token)) };
+        let pushed = unsafe { uring.push_waiting(poll.flags(self.target.flags()), token) };
         self.polling = pushed.is_ok();
     }
 
@@ -479,10 +481,9 @@ impl Drop for TapQueue {
     fn drop(&mut self) {
         self.shared.close(self.index);
         if self.sends.used() + self.reading > 0 {
-            tracing::warn!(queue = self.index, "a tap was closed with frames under way");
             let sends = mem::replace(&mut self.sends, Slots::new(0));
             let receives = mem::replace(&mut self.receives, Slots::new(0));
-            mem::forget((sends, receives, Arc::clone(&self.shared)));
+            self.remains.keep((sends, receives, Arc::clone(&self.shared)));
         }
     }
 }
