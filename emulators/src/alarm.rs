@@ -1,5 +1,6 @@
 //! A device's sense of time: a thread that wakes it at the moment it has asked for.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -17,6 +18,8 @@ pub(crate) trait Timed: Send + Sync + 'static {
 pub(crate) struct Alarm {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// It could not be started, and that was said: a guest may set alarms without end.
+    complained: AtomicBool,
     name: &'static str,
     device: Weak<dyn Timed>,
 }
@@ -65,7 +68,8 @@ impl Shared {
 impl Alarm {
     /// An alarm for `device`, on a thread of this name.
     pub(crate) fn new(name: &'static str, device: Weak<dyn Timed>) -> Self {
-        Self { shared: Arc::default(), thread: Mutex::default(), name, device }
+        let complained = AtomicBool::new(false);
+        Self { shared: Arc::default(), thread: Mutex::default(), complained, name, device }
     }
 
     /// Goes off then, and at no other time; at once if that has passed.
@@ -86,6 +90,7 @@ impl Alarm {
             let builder = std::thread::Builder::new().name(self.name.to_owned());
             match builder.stack_size(128 << 10).spawn(move || shared.run(&device)) {
                 Ok(handle) => *thread = Some(handle),
+                Err(_) if self.complained.swap(true, Ordering::Relaxed) => {}
                 Err(error) => tracing::error!(%error, "cannot start the {} thread", self.name),
             }
         }

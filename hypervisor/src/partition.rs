@@ -202,7 +202,7 @@ pub enum ExitKind {
     EndOfInterrupt,
     /// A processor can take the interrupt of a PIC that is not KVM's.
     InterruptWindow,
-    /// A signal of ours, to stop or to look at the PICs.
+    /// A signal of ours: to stop, to look at the PICs, or to end an interrupt that ends by itself.
     Kick,
     /// Anything else.
     Other,

@@ -46,7 +46,7 @@ const LOCKED: u64 = 2;
 
 /// In a SINT register: nothing comes in.
 const SINT_MASKED: u64 = 1 << 16;
-/// The interrupt ends by itself. Accepted, and not done: leaf 0x40000004 tells guests not to.
+/// The interrupt ends by itself.
 const SINT_AUTO_EOI: u64 = 1 << 17;
 /// No interrupt is raised; the guest looks for itself.
 const SINT_POLLING: u64 = 1 << 18;
@@ -188,7 +188,7 @@ impl SintState {
         (self.is_open() && self.0 & SINT_POLLING == 0 && vector >= FIRST_VECTOR).then_some(vector)
     }
 
-    /// The guest expects what nobody does here.
+    /// The guest does not end what this raises.
     pub(crate) fn wants_auto_eoi(self) -> bool {
         self.is_open() && self.0 & SINT_AUTO_EOI != 0
     }
@@ -199,7 +199,6 @@ impl SintState {
 pub(crate) struct VpRegisters {
     index: VpIndex,
     assist_page: u64,
-    control: u64,
     pages: PageRegisters,
     sints: [u64; Sint::COUNT as usize],
 }
@@ -208,14 +207,11 @@ impl VpRegisters {
     /// As they are at power-on.
     pub(crate) fn new(index: VpIndex) -> Self {
         let sints = [SINT_MASKED; Sint::COUNT as usize];
-        Self { index, assist_page: 0, control: 0, pages: PageRegisters::default(), sints }
+        Self { index, assist_page: 0, pages: PageRegisters::default(), sints }
     }
 
-    /// SIMP and SIEFP; neither is enabled while the SynIC is not (SCONTROL).
+    /// SCONTROL, SIMP and SIEFP.
     pub(crate) fn pages(&self) -> PageRegisters {
-        if self.control & ENABLE == 0 {
-            return PageRegisters::default();
-        }
         self.pages
     }
 
@@ -236,7 +232,7 @@ impl VpRegisters {
         Ok(match register {
             msr::VP_INDEX => self.index.0.into(),
             msr::VP_ASSIST_PAGE => self.assist_page,
-            msr::SCONTROL => self.control,
+            msr::SCONTROL => self.pages.control,
             msr::SVERSION => SYNIC_VERSION,
             msr::SIEFP => self.pages.event_page,
             msr::SIMP => self.pages.message_page,
@@ -267,7 +263,7 @@ impl VpRegisters {
                 Ok(if new { Action::Clear(page_of(value)) } else { Action::None })
             }
             msr::SCONTROL => {
-                self.control = value;
+                self.pages.control = value;
                 Ok(Action::Pages)
             }
             msr::SIEFP => {

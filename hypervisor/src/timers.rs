@@ -178,6 +178,22 @@ mod tests {
     }
 
     #[test]
+    fn no_period_is_shorter_than_a_thread_of_the_host_can_bear() {
+        for period in [1, 2, SHORTEST_PERIOD - 1, SHORTEST_PERIOD] {
+            let mut timer = Timer::default();
+            timer.set_count(period, 0);
+            timer.set_config(ENABLE | PERIODIC | DIRECT_ED, 0).unwrap();
+            let expirations = (0..10 * SHORTEST_PERIOD).filter(|now| timer.expire(*now).is_some());
+            assert_eq!(expirations.count(), 9, "{period}");
+        }
+        // Nor is there one of no time at all.
+        let mut timer = Timer::default();
+        timer.set_count(0, 0);
+        timer.set_config(ENABLE | PERIODIC | DIRECT_ED, 0).unwrap();
+        assert_eq!(timer.deadline(), None);
+    }
+
+    #[test]
     fn what_cannot_be_delivered_is_not_enabled() {
         let mut timer = Timer::default();
         timer.set_count(1, 0);

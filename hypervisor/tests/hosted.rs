@@ -53,6 +53,7 @@ const TESTS: &[Test] = &tests!(
     a_message_interrupts,
     a_busy_slot_is_told_when_it_is_free,
     an_event_flag_interrupts,
+    a_synic_that_is_off_delivers_nothing,
     strings_go_to_memory_that_is_there,
     a_rising_line_interrupts,
     reference_time_goes_on,
@@ -432,6 +433,31 @@ mod an_event_flag_interrupts {
         guest.store(WORD, &[0]);
         guest.step(2);
         guest.0.halt();
+        guest.end();
+    }
+}
+
+mod a_synic_that_is_off_delivers_nothing {
+    use super::*;
+
+    pub(super) fn root(mut partition: HostedPartition) {
+        let synic = partition.synic();
+        let flag = EventFlag::new(1).unwrap();
+        let port = synic.event_port(VpIndex(0), Sint::VMBUS, flag).unwrap();
+        run(&mut partition, &Arc::default(), move |step| {
+            let posted = synic.post(VpIndex(0), Sint::VMBUS, &message(b""));
+            let off = step == 1;
+            assert_eq!(posted, if off { Posted::Disabled } else { Posted::Delivered });
+            assert_eq!(port.signal(), !off);
+        });
+    }
+
+    pub(super) fn guest(guest: &Guest) {
+        guest.synic();
+        guest.wrmsr(0x4000_0080, 0);
+        guest.step(1);
+        guest.wrmsr(0x4000_0080, 1);
+        guest.step(2);
         guest.end();
     }
 }

@@ -5,7 +5,10 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Code, DATA, EVENT_PAGE, MESSAGE_PAGE, Messages, TSC_PAGE, partition, run};
+use common::{
+    Code, DATA, EVENT_PAGE, MESSAGE_PAGE, Messages, TSC_PAGE, X2APIC_SELF_IPI, leave_unended,
+    partition, run,
+};
 use hypervisor::kvm::HyperV;
 use hypervisor::synic::{ConnectionId, EventFlag, Message, Posted, Sint};
 use hypervisor::{ExitKind, Gpa, Partition, VpIndex};
@@ -40,6 +43,9 @@ conformance!(
     a_busy_slot_is_told_when_it_is_free,
     an_event_flag_interrupts,
     a_masked_sint_does_not_interrupt,
+    interrupts_end_by_themselves_where_the_guest_asks_for_it,
+    a_synic_that_is_off_delivers_nothing,
+    kvm_s_own_registers_fault,
     reference_time_is_one,
     time_is_the_same_at_cpl_3,
     user_mode_is_interrupted,
@@ -329,6 +335,111 @@ fn a_masked_sint_does_not_interrupt(hyper_v: HyperV) {
         }
     });
     assert_eq!(reports, [0, 0]);
+}
+
+/// As the BSDs have it: the handler leaves the local APIC alone. An interrupt of a lower priority
+/// tells whether those before have ended.
+fn interrupts_end_by_themselves_where_the_guest_asks_for_it(hyper_v: HyperV) {
+    const AUTO_EOI: u64 = 1 << 17;
+    const LOWER: u8 = 0x41;
+    const ROUNDS: u32 = 20;
+    let flags = EVENT_PAGE + 0x200;
+    let sint = |code: Code, value: u64| code.wrmsr(0x4000_0092, value);
+    let mut code = sint(Code::prologue().hyper_v().synic(VECTOR), u64::from(VECTOR) | AUTO_EOI);
+    for round in 1..=ROUNDS {
+        // Raised while interrupts are off; on others by a thread, while the guest sleeps.
+        code = code.step(1).wait_interrupt(VECTOR, 2 * round - 1).store(flags, 0).step(2);
+        code = code.wait_interrupt(VECTOR, 2 * round).store(SLOT, 0);
+        code = code.wrmsr(X2APIC_SELF_IPI, LOWER.into()).wait_interrupt(LOWER, round);
+    }
+    // Other vectors, and back to one that the guest ends.
+    code = sint(code, 0x61).step(1).wait_interrupt(0x61, 1).store(flags, 0);
+    code = code.wrmsr(X2APIC_SELF_IPI, LOWER.into()).wait_interrupt(LOWER, ROUNDS + 1);
+    let code = code.report_interrupts(VECTOR).report_interrupts(LOWER).end();
+    let Some(mut partition) = partition(hyper_v, false, &code) else { return };
+    leave_unended(partition.memory(), VECTOR);
+    let synic = partition.synic();
+    let flag = EventFlag::new(1).unwrap();
+    let port = synic.event_port(VpIndex(0), Sint::VMBUS, flag).unwrap();
+    let reports = run(&mut partition, &Arc::default(), move |step| match step {
+        1 => assert!(port.signal()),
+        _ => {
+            let synic = Arc::clone(&synic);
+            std::thread::spawn(move || {
+                let posted = synic.post(VpIndex(0), Sint::VMBUS, &message(b""));
+                assert_eq!(posted, Posted::Delivered);
+            });
+        }
+    });
+    assert_eq!(reports, [2 * u64::from(ROUNDS), u64::from(ROUNDS) + 1]);
+}
+
+/// SCONTROL is a processor's switch for all that comes in: messages, flags, and their interrupts.
+fn a_synic_that_is_off_delivers_nothing(hyper_v: HyperV) {
+    let flags = EVENT_PAGE + 0x200;
+    let code = Code::prologue()
+        .hyper_v()
+        .synic(VECTOR)
+        .step(1)
+        .wait_interrupt(VECTOR, 1)
+        .store(flags, 0)
+        .wrmsr(0x4000_0080, 0)
+        .step(2)
+        .report_interrupts(VECTOR)
+        .load(flags)
+        .report()
+        .wrmsr(0x4000_0080, 1)
+        .load(SLOT + 16)
+        .report()
+        .step(3)
+        .wait_interrupt(VECTOR, 2)
+        .end();
+    let Some(mut partition) = partition(hyper_v, false, &code) else { return };
+    let synic = partition.synic();
+    let flag = EventFlag::new(1).unwrap();
+    let port = synic.event_port(VpIndex(0), Sint::VMBUS, flag).unwrap();
+    let reports = run(&mut partition, &Arc::default(), move |step| {
+        let post = || synic.post(VpIndex(0), Sint::VMBUS, &message(b"a while!"));
+        match step {
+            1 => assert_eq!(post(), Posted::Delivered),
+            2 => {
+                assert_eq!(post(), Posted::Disabled);
+                assert!(!port.signal());
+            }
+            _ => {
+                assert_eq!(post(), Posted::Busy, "the first lies there still");
+                assert!(port.signal());
+            }
+        }
+    });
+    assert_eq!(reports, [1, 0, u64::from_le_bytes(*b"a while!")]);
+}
+
+/// No guest is told of KVM's own interface, and so none can use it: its registers would have the
+/// kernel write to pages that the guest names.
+fn kvm_s_own_registers_fault(hyper_v: HyperV) {
+    let mut code = Code::prologue();
+    // Wall clock, system time, both old and new; asynchronous page faults, stolen time, EOI.
+    let registers = [0x11, 0x12].into_iter().chain(0x4b56_4d00..=0x4b56_4d04);
+    let count = registers.clone().count() as u64;
+    for register in registers {
+        code = code.wrmsr(register, u64::from(DATA) | 1).rdmsr(register);
+    }
+    let code = code.report_faults().load(DATA).report().end();
+    let Some(mut partition) = partition(hyper_v, false, &code) else { return };
+    let kvm = hypervisor::kvm::open().unwrap();
+    let enforce = kvm_bindings::KVM_CAP_ENFORCE_PV_FEATURE_CPUID;
+    if kvm.check_extension_raw(enforce.into()) <= 0 {
+        eprintln!("skipped: a KVM before Linux 5.10");
+        return;
+    }
+    let reports = run(&mut partition, &Arc::default(), |_| {});
+    assert_eq!(reports, [2 * count, 0]);
+}
+
+#[test]
+fn kvm_s_own_registers_fault_without_hyper_v_too() {
+    kvm_s_own_registers_fault(HyperV::Absent);
 }
 
 fn reference_time_is_one(hyper_v: HyperV) {

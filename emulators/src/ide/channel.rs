@@ -10,8 +10,9 @@
 //!
 //! Accesses of the guest come in as reads and writes of registers. What they want of the host comes
 //! out of [`Channel::take_job`], and goes back into [`Channel::finish`]; while a job is out, the
-//! channel is busy, whatever the guest does, resets included: a reset then takes effect when the job
-//! has come back, as on a drive that has to finish a sector first. So no request to the host is ever
+//! channel is busy, whatever the guest does, resets included: a reset, of the channel or of a packet
+//! device alone, then takes effect when the job has come back, as on a drive that has to finish a
+//! sector first. So no request to the host is ever
 //! called back, and no memory changes under one.
 
 mod commands;
@@ -94,6 +95,15 @@ enum Phase {
     Busy,
 }
 
+/// A reset that waits for the job that is out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reset {
+    /// DEVICE RESET, of the packet device whose job it is.
+    Device,
+    /// SRST, of both drives.
+    Channel,
+}
+
 /// A command that moves sectors.
 #[derive(Clone, Copy, Debug)]
 struct Transfer {
@@ -161,8 +171,8 @@ pub(super) struct Channel {
     /// Not here while a job is out.
     buffer: Option<Box<[u8]>>,
     job: Option<Work>,
-    /// A reset came while a job was out.
-    reset: bool,
+    /// What came while a job was out.
+    reset: Option<Reset>,
     /// A driver has reset the channel, and the worker does not know yet.
     anew: bool,
     /// The drive interrupts.
@@ -184,7 +194,7 @@ impl Channel {
             sent: 0,
             buffer: Some(vec![0; BUFFER].into_boxed_slice()),
             job: None,
-            reset: false,
+            reset: None,
             anew: false,
             interrupt: false,
             line: false,
@@ -255,7 +265,7 @@ impl Channel {
     }
 
     fn in_reset(&self) -> bool {
-        self.reset || self.control & control::SRST != 0
+        self.reset == Some(Reset::Channel) || self.control & control::SRST != 0
     }
 
     fn status(&self) -> u8 {
@@ -314,7 +324,7 @@ impl Channel {
                 && self.selected() == self.active
                 && self.cd().is_some()
             {
-                self.reset = true;
+                self.reset.get_or_insert(Reset::Device);
             }
             return;
         }
@@ -345,16 +355,31 @@ impl Channel {
         if before & control::SRST == 0 && value & control::SRST != 0 {
             self.anew = true;
             if self.phase == Phase::Busy {
-                self.reset = true;
+                self.reset = Some(Reset::Channel);
             } else {
                 self.restart();
             }
         }
     }
 
-    /// What a software reset comes to in the end.
+    /// What DEVICE RESET comes to: the selected packet device is as after power-on, and nothing else
+    /// is changed. It does not interrupt, and stays selected (ATA/ATAPI-7 volume 1, section 6.15).
+    fn restart_device(&mut self) {
+        self.reset = None;
+        let selected = self.selected();
+        if selected == self.active {
+            self.acknowledge();
+            self.phase = Phase::Idle;
+            self.transfer = Transfer::NONE;
+        }
+        if let Some(Some(drive)) = self.drives.get_mut(selected) {
+            drive.put_signature();
+        }
+    }
+
+    /// What a reset of the channel comes to in the end.
     fn restart(&mut self) {
-        self.reset = false;
+        self.reset = None;
         self.acknowledge();
         self.job = None;
         self.phase = Phase::Idle;
@@ -481,8 +506,10 @@ impl Channel {
         let len = buffer.len();
         self.buffer = Some(buffer);
         debug_assert_eq!(len, BUFFER);
-        if self.reset || self.phase != Phase::Busy {
-            return self.restart();
+        match self.reset {
+            Some(Reset::Device) => return self.restart_device(),
+            None if self.phase == Phase::Busy => {}
+            _ => return self.restart(),
         }
         let table_left = match outcome {
             Outcome::Done { table_left } => table_left,

@@ -600,3 +600,111 @@ proptest! {
         prop_assert_eq!(bench.status(), READY | status::DRQ);
     }
 }
+
+/// A disk at place 0 and a CD-ROM drive at place 1.
+fn disk_and_cd() -> Bench {
+    let mut bench = Bench::new();
+    bench.channel.attach(1, &geometry(), true).unwrap();
+    bench
+}
+
+impl Bench {
+    /// Selects drive 1 and has it read a block of its disc, up to where the job is to be done.
+    fn read_of_drive_1(&mut self, features: u8) {
+        self.channel.write(6, device::DEV);
+        for (register, value) in [(1, features), (4, 0), (5, 8), (7, command::PACKET)] {
+            self.channel.write(register, value);
+        }
+        self.channel.write_data(&read_10(0, 1));
+    }
+
+    /// Error, count and the address registers.
+    fn signature(&mut self) -> [u8; 5] {
+        [1, 2, 3, 4, 5].map(|register| self.channel.read(register))
+    }
+}
+
+const DISK_SIGNATURE: [u8; 5] = [1, 1, 1, 0, 0];
+const PACKET_SIGNATURE: [u8; 5] = [1, 1, 1, 0x14, 0xeb];
+
+#[test]
+fn a_device_reset_of_a_busy_packet_device_is_that_device_s_alone() {
+    for dma in [0, 1] {
+        let mut bench = disk_and_cd();
+        // Something that a reset of the disk would undo.
+        bench.command(command::READ_SECTORS, 0x12_3456, 7);
+        let before = (bench.channel.read(1), bench.status());
+        assert_eq!(before, (error::IDNF, READY | status::ERR));
+        bench.read_of_drive_1(dma);
+        if dma != 0 {
+            bench.start_dma(master::TO_MEMORY);
+        }
+        assert_eq!(bench.channel.read_control(), status::BSY);
+        bench.channel.write(7, command::DEVICE_RESET);
+        assert_eq!(bench.channel.read_control(), status::BSY, "until the job is back");
+        assert!(bench.work());
+        assert!(!bench.channel.take_edge(), "it does not interrupt");
+        assert_eq!(bench.channel.read(6) & device::DEV, device::DEV, "it stays selected");
+        assert_eq!((bench.signature(), bench.status()), (PACKET_SIGNATURE, 0));
+        bench.channel.write(6, 0);
+        assert_eq!((bench.channel.read(1), bench.status()), before, "the disk's state");
+        assert!(!bench.channel.take_anew(), "the channel has not begun anew");
+        // Both go on.
+        bench.read_of_drive_1(0);
+        assert!(bench.work() && bench.channel.take_edge());
+        assert_eq!(bench.status() & status::DRQ, status::DRQ);
+    }
+}
+
+#[test]
+fn a_device_reset_leaves_the_other_drive_s_command_under_way() {
+    let mut bench = disk_and_cd();
+    bench.command(command::READ_SECTORS, 5, 1);
+    assert!(bench.work());
+    bench.channel.write(6, device::DEV);
+    bench.channel.write(7, command::DEVICE_RESET);
+    assert_eq!((bench.signature(), bench.channel.read_control()), (PACKET_SIGNATURE, 0));
+    assert!(bench.channel.take_edge(), "the disk's interrupt");
+    bench.channel.write(6, 0xe0);
+    let mut data = [0; 512];
+    assert_eq!(bench.status(), READY | status::DRQ);
+    bench.channel.read_data(&mut data);
+    assert_eq!((data, bench.status()), ([5; 512], READY));
+
+    // The same before a transfer by DMA.
+    bench.command(command::READ_DMA, 6, 1);
+    bench.channel.write(6, device::DEV);
+    bench.channel.write(7, command::DEVICE_RESET);
+    bench.channel.write(6, 0xe0);
+    bench.start_dma(master::TO_MEMORY);
+    assert!(bench.work() && bench.channel.take_edge());
+    assert_eq!((bench.status(), bench.memory[0]), (READY, 6));
+}
+
+/// SRST, and EXECUTE DEVICE DIAGNOSTIC once nobody is busy, concern both drives, and drive 0 is
+/// selected after them; a DEVICE RESET that waits gives way.
+#[test]
+fn other_resets_concern_both_drives() {
+    for diagnostic in [false, true] {
+        let mut bench = disk_and_cd();
+        bench.command(command::READ_SECTORS, 0x12_3456, 7);
+        bench.read_of_drive_1(0);
+        bench.channel.write(7, command::DEVICE_RESET);
+        if diagnostic {
+            bench.channel.write(7, command::EXECUTE_DIAGNOSTIC); // not heard
+            assert!(bench.work() && !bench.channel.take_edge());
+            assert_eq!(bench.channel.read(6) & device::DEV, device::DEV);
+            bench.channel.write(7, command::EXECUTE_DIAGNOSTIC);
+            assert!(bench.channel.take_edge());
+        } else {
+            bench.channel.write_control(control::SRST);
+            bench.channel.write_control(0);
+            assert!(bench.work() && !bench.channel.take_edge());
+            assert!(bench.channel.take_anew());
+        }
+        assert_eq!(bench.channel.read(6) & device::DEV, 0);
+        assert_eq!((bench.signature(), bench.status()), (DISK_SIGNATURE, READY));
+        bench.channel.write(6, device::DEV);
+        assert_eq!((bench.signature(), bench.status()), (PACKET_SIGNATURE, 0));
+    }
+}

@@ -229,6 +229,9 @@ impl Worker {
             return Ok(Outcome::Range);
         }
         for (offset, len) in ranges() {
+            if self.port.stop.load(Ordering::Acquire) {
+                break; // nobody hears of the rest
+            }
             if let Err(error) = self.request(job.drive, Operation::Discard, offset, len)? {
                 return Ok(Outcome::Disk(error.kind));
             }

@@ -11,6 +11,9 @@ pub(super) struct Calendar {
     pub(super) second: i64,
 }
 
+/// The first and the last second of the years that four digits can write, since 1970.
+pub(super) const YEARS: std::ops::RangeInclusive<i64> = -62_167_219_200..=253_402_300_799;
+
 // The calendar repeats itself after 400 years. Years are counted from March, so that the leap day
 // is the last of its year.
 const DAYS_OF_ERA: i64 = 146_097;
@@ -78,6 +81,8 @@ mod tests {
         assert_eq!(date(1_709_164_800), (2024, 2, 29, 5, 0, 0, 0));
         assert_eq!(date(4_107_542_399), (2100, 2, 28, 1, 23, 59, 59));
         assert_eq!(date(4_107_542_400), (2100, 3, 1, 2, 0, 0, 0));
+        assert_eq!(date(*YEARS.start()), (0, 1, 1, 7, 0, 0, 0));
+        assert_eq!(date(*YEARS.end()), (9999, 12, 31, 6, 23, 59, 59));
     }
 
     proptest! {

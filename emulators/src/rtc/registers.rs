@@ -3,7 +3,7 @@
 //! It does not tick. What has happened between two moments follows from them: seconds that have ended,
 //! the alarm's among them, and ticks of the periodic interrupt.
 
-use super::calendar::Calendar;
+use super::calendar::{Calendar, YEARS};
 
 /// Nanoseconds since 1970. The guest's clock may be set to any year that four digits can write.
 pub(super) type Nanos = i128;
@@ -65,6 +65,32 @@ const VALID: u8 = 1 << 7;
 
 /// The hour register's bit for the afternoon, in 12-hour mode.
 const PM: u8 = 1 << 7;
+
+/// An alarm register with both of these bits is one that any value fits.
+const ANY: u8 = 0xc0;
+
+const DAY_SECONDS: Nanos = 86400;
+
+/// A set of numbers below 60, a bit for each. It is not empty.
+#[derive(Clone, Copy)]
+struct Values(u64);
+
+impl Values {
+    fn has(self, value: u32) -> bool {
+        self.0 >> value & 1 != 0
+    }
+
+    /// The least.
+    fn first(self) -> u32 {
+        self.0.trailing_zeros()
+    }
+
+    /// The least that is not below `start`, which is at most 60.
+    fn from(self, start: u32) -> Option<u32> {
+        let rest = self.0 >> start << start;
+        (rest != 0).then(|| rest.trailing_zeros())
+    }
+}
 
 #[derive(Clone, Debug)]
 pub(super) struct Registers {
@@ -196,7 +222,7 @@ impl Registers {
         self.clock = match self.clock {
             Clock::Runs { .. } if !stands => return,
             Clock::Stands { .. } if !stands => {
-                Clock::Runs { ahead: Nanos::from(at.to_unix()) * SECOND + fraction - now }
+                Clock::Runs { ahead: seconds(at) * SECOND + fraction - now }
             }
             _ => Clock::Stands { at, fraction },
         };
@@ -222,7 +248,7 @@ impl Registers {
         match &mut self.clock {
             Clock::Stands { at, .. } => *at = calendar,
             Clock::Runs { ahead } => {
-                *ahead = Nanos::from(calendar.to_unix()) * SECOND + into - now;
+                *ahead = seconds(calendar) * SECOND + into - now;
             }
         }
     }
@@ -248,33 +274,52 @@ impl Registers {
     }
 
     /// The first second after `after` that the alarm is set for; none if it is for none of a day.
+    ///
+    /// Found from the values themselves and not by trying one second after the other: a guest may
+    /// set the alarm for a second that never comes, and each access to the clock asks for it.
     fn next_alarm(&self, after: Nanos) -> Option<Nanos> {
-        // Two high bits: any will do.
-        let wanted = |index: u8| {
-            self.bytes.get(usize::from(index)).copied().filter(|value| value & 0xc0 != 0xc0)
+        let hours = self.alarm_values(ALARM_HOURS, 24)?;
+        let minutes = self.alarm_values(ALARM_MINUTES, 60)?;
+        let seconds = self.alarm_values(ALARM_SECONDS, 60)?;
+        let of_day = (after + 1).rem_euclid(DAY_SECONDS);
+        let midnight = after + 1 - of_day;
+        let of_day = of_day as u32;
+        let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+        let at =
+            |hour: u32, minute: u32, second: u32| Nanos::from((hour * 60 + minute) * 60 + second);
+        let (first_minute, first_second) = (minutes.first(), seconds.first());
+        let this_minute = || {
+            let there = hours.has(hour) && minutes.has(minute);
+            Some(at(hour, minute, seconds.from(second).filter(|_| there)?))
         };
-        let fits = |index, value: i64| {
-            wanted(index).is_none_or(|wanted| match index {
-                ALARM_HOURS => self.encode_hour(value) == wanted,
-                _ => self.encode(value) == wanted,
-            })
-        };
-        let mut at = after + 1;
-        let end = after + 86400;
-        while at <= end {
-            let of_day = at.rem_euclid(86400) as i64;
-            let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-            at += Nanos::from(if !fits(ALARM_HOURS, hour) {
-                3600 - of_day % 3600
-            } else if !fits(ALARM_MINUTES, minute) {
-                60 - second
-            } else if !fits(ALARM_SECONDS, second) {
-                1
-            } else {
-                return Some(at);
-            });
+        let this_hour =
+            || Some(at(hour, minutes.from(minute + 1).filter(|_| hours.has(hour))?, first_second));
+        let today = || Some(at(hours.from(hour + 1)?, first_minute, first_second));
+        let next = this_minute().or_else(this_hour).or_else(today);
+        let tomorrow = || DAY_SECONDS + at(hours.first(), first_minute, first_second);
+        Some(midnight + next.unwrap_or_else(tomorrow))
+    }
+
+    /// The values below `count` that an alarm register stands for: all of them if its two high bits
+    /// are set, otherwise one, or none.
+    fn alarm_values(&self, index: u8, count: u32) -> Option<Values> {
+        let wanted = self.bytes.get(usize::from(index)).copied().unwrap_or(ANY);
+        if wanted & ANY == ANY {
+            return Some(Values((1 << count) - 1));
         }
-        None
+        let (value, shown) = match index {
+            ALARM_HOURS => {
+                let hour = self.decode_hour(wanted);
+                (hour, self.encode_hour(hour))
+            }
+            _ => {
+                let value = self.decode(wanted);
+                (value, self.encode(value))
+            }
+        };
+        // The clock shows a value in one way only, and compares what it shows.
+        let possible = shown == wanted && (0..count.into()).contains(&value);
+        possible.then(|| Values(1 << value))
     }
 
     /// A number as registers have it: decimal, or binary if the guest wants that.
@@ -335,12 +380,19 @@ impl Registers {
             WEEKDAY => {}
             DAY => at.day = number,
             MONTH => at.month = number,
-            YEAR => at.year = at.year.div_euclid(100) * 100 + number,
-            CENTURY => at.year = number * 100 + at.year.rem_euclid(100),
+            // Two digits each, whatever a byte can hold beyond them.
+            YEAR => at.year = at.year.div_euclid(100) * 100 + number.min(99),
+            CENTURY => at.year = number.min(99) * 100 + at.year.rem_euclid(100),
             _ => return false,
         }
         true
     }
+}
+
+/// Seconds since 1970 at which a clock starts that was set to `at`. It stays within four digits of
+/// years: a guest that writes days and months that there are not would get further each time.
+fn seconds(at: Calendar) -> Nanos {
+    at.to_unix().clamp(*YEARS.start(), *YEARS.end()).into()
 }
 
 /// Ticks of the oscillator since 1970.

@@ -164,3 +164,79 @@ proptest! {
         }
     }
 }
+
+/// The alarm's next second, found by trying each of a day.
+fn next_alarm_by_trial(clock: &Registers, after: Nanos) -> Option<Nanos> {
+    let fits = |index: u8, shown: u8| {
+        let wanted = clock.bytes[usize::from(index)];
+        wanted & 0xc0 == 0xc0 || wanted == shown
+    };
+    (after + 1..=after + 86400).find(|at| {
+        let of_day = at.rem_euclid(86400) as i64;
+        fits(ALARM_HOURS, clock.encode_hour(of_day / 3600))
+            && fits(ALARM_MINUTES, clock.encode(of_day / 60 % 60))
+            && fits(ALARM_SECONDS, clock.encode(of_day % 60))
+    })
+}
+
+/// A register's value that is often one that the clock shows.
+fn alarm_value() -> impl Strategy<Value = u8> {
+    prop_oneof![
+        any::<u8>(),
+        0..60_u8,
+        (0..6_u8, 0..10_u8).prop_map(|(tens, ones)| tens << 4 | ones),
+        (0..13_u8).prop_map(|hour| hour | PM),
+        Just(0xff)
+    ]
+}
+
+proptest! {
+    #[test]
+    fn the_next_alarm_is_the_first_second_that_fits(
+        b in any::<u8>(),
+        alarm in [alarm_value(), alarm_value(), alarm_value()],
+        after in -200_000..200_000_i64,
+    ) {
+        let mut clock = Registers::new(NEW_YEARS_EVE);
+        clock.write(B, b, NEW_YEARS_EVE);
+        for (index, value) in [ALARM_SECONDS, ALARM_MINUTES, ALARM_HOURS].into_iter().zip(alarm) {
+            clock.write(index, value, NEW_YEARS_EVE);
+        }
+        let after = Nanos::from(after);
+        prop_assert_eq!(clock.next_alarm(after), next_alarm_by_trial(&clock, after));
+    }
+}
+
+/// What the clock computes does not become more with the values that a guest writes: an alarm for a
+/// second that never comes is known for one at once.
+#[test]
+fn an_alarm_that_never_comes_is_not_searched_for() {
+    let mut clock = Registers::new(NEW_YEARS_EVE);
+    clock.write(ALARM_HOURS, 0xff, NEW_YEARS_EVE);
+    clock.write(ALARM_MINUTES, 0xff, NEW_YEARS_EVE);
+    clock.write(ALARM_SECONDS, 0x7f, NEW_YEARS_EVE);
+    clock.write(B, 0x22, NEW_YEARS_EVE);
+    assert!(clock.alarm_values(ALARM_SECONDS, 60).is_none());
+    assert_eq!(clock.next_interrupt(), None);
+    clock.advance(NEW_YEARS_EVE + 3 * 86400 * SECOND);
+    assert!(!clock.output());
+}
+
+/// Each value that is none of the register's takes the clock further than it was, and so do many.
+#[test]
+fn no_number_of_writes_takes_the_clock_out_of_four_digits() {
+    for running in [true, false] {
+        let mut clock = Registers::new(NEW_YEARS_EVE);
+        clock.write(B, if running { 0x06 } else { 0x86 }, NEW_YEARS_EVE);
+        for index in [YEAR, DAY, MONTH, HOURS, CENTURY].into_iter().cycle().take(100_000) {
+            clock.write(index, 0xff, NEW_YEARS_EVE);
+        }
+        clock.write(B, 0x06, NEW_YEARS_EVE);
+        assert_eq!(clock.calendar(NEW_YEARS_EVE).year, 9999);
+        // From there it can be set to any time.
+        for (index, value) in TIME.into_iter().zip([59, 59, 23, 31, 12, 24, 20]).rev() {
+            clock.write(index, value, NEW_YEARS_EVE);
+        }
+        assert_eq!(time(&mut clock, NEW_YEARS_EVE), [59, 59, 23, 31, 12, 24, 20]);
+    }
+}

@@ -11,7 +11,11 @@
 //! - Where the host's processor does not virtualize the local APIC, interrupts end by the VP
 //!   assist page (no exit if none other waits), and those of the VMBus end by themselves.
 //! - Where it does, both would only get in its way.
-//! - Where user space serves the registers ([`HyperV::User`]) nobody can do either.
+//! - Where user space serves the registers ([`HyperV::User`]) neither can be had without exits.
+//!
+//! No feature is offered without what it needs ([`features`]).
+
+mod features;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -85,6 +89,7 @@ pub(super) fn build(
             leaf.ecx = set_bit(leaf.ecx, 24, host.tsc_deadline);
         }
     }
+    features::close(&mut leaves);
     if hyper_v != HyperV::Absent {
         leaves.extend(hyper_v_leaves(count, host, hyper_v));
     }

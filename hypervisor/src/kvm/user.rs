@@ -5,9 +5,11 @@
 //! - The hypercall page is ours ([`crate::hypercall::page`]): a signal on a bound connection is a
 //!   port write that an ioeventfd takes; everything else is a port read that exits.
 //! - A SINT is a message to the processor's local APIC, raised by an irqfd ([`synic`]).
+//! - A SINT whose interrupts end by themselves is served at a price ([`auto_eoi`]).
 //! - Reference time is the host's time stamp counter ([`crate::reference_time`]).
 //! - Synthetic timers are a thread's sleep ([`timers`]).
 
+pub(super) mod auto_eoi;
 pub(super) mod synic;
 mod timers;
 
@@ -17,6 +19,7 @@ use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_e
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use zerocopy::IntoBytes;
 
+use self::auto_eoi::VpAutoEoi;
 use self::synic::UserSynic;
 use self::timers::Timers;
 use super::call;
@@ -97,13 +100,19 @@ pub(super) struct UserVp {
     index: VpIndex,
     shared: Arc<UserHyperV>,
     registers: VpRegisters,
-    warned_of_auto_eoi: bool,
+    auto_eoi: VpAutoEoi,
 }
 
 impl UserVp {
     pub(super) fn new(index: VpIndex, shared: &Arc<UserHyperV>) -> Self {
         let registers = VpRegisters::new(index);
-        Self { index, shared: Arc::clone(shared), registers, warned_of_auto_eoi: false }
+        let auto_eoi = VpAutoEoi::new(index, shared.synic.auto_eoi());
+        Self { index, shared: Arc::clone(shared), registers, auto_eoi }
+    }
+
+    /// Its interrupts that end by themselves.
+    pub(super) fn auto_eoi(&mut self) -> &mut VpAutoEoi {
+        &mut self.auto_eoi
     }
 
     /// `rdmsr`
@@ -174,16 +183,8 @@ impl UserVp {
         }
     }
 
-    fn set_sint(&mut self, sint: Sint) {
+    fn set_sint(&self, sint: Sint) {
         let state = self.registers.sint(sint);
-        if state.wants_auto_eoi() && !self.warned_of_auto_eoi {
-            self.warned_of_auto_eoi = true;
-            tracing::warn!(
-                "{}: the guest wants SINT {} to end by itself, and has to end it like others",
-                self.index,
-                sint.index()
-            );
-        }
         if let Err(error) = self.shared.synic.set_sint(self.index, sint, state) {
             self.shared.stop.stop(StopReason::Error(error.to_string()));
         }

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_TSC_DEADLINE_TIMER,
-    KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit,
-    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2,
+    KVM_CAP_TSC_DEADLINE_TIMER, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs,
+    kvm_device_attr, kvm_enable_cap, kvm_hyperv_exit, kvm_interrupt, kvm_mp_state, kvm_msr_entry,
+    kvm_run, kvm_run__bindgen_ty_1, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -27,6 +28,7 @@ use super::stats::KernelCounters;
 use super::string_out::StringOut;
 use super::synic::KvmSynic;
 use super::user::UserVp;
+use super::user::auto_eoi::{AutoEoi, LocalApic, Vectors};
 use super::{HyperV, call, kick};
 use crate::hypercall::Hypercall;
 use crate::hypercall::page::{DOORBELL_PORT, HYPERCALL_PORT};
@@ -91,13 +93,21 @@ struct RunGuard {
     stop: StopHandle,
     /// There if this processor has the PICs' interrupts.
     pics: Option<Arc<SplitIrqchip>>,
+    /// There if user space serves its SINTs.
+    auto_eoi: Option<(Arc<AutoEoi>, VpIndex)>,
+}
+
+impl RunGuard {
+    /// Who has a reason to get the processor out of the guest.
+    fn kicks(&self) -> impl Iterator<Item = &kick::Kick> {
+        let sints = self.auto_eoi.as_ref().and_then(|(auto_eoi, vp)| auto_eoi.kick(*vp));
+        self.pics.iter().map(|pics| pics.first()).chain(sints)
+    }
 }
 
 impl Drop for RunGuard {
     fn drop(&mut self) {
-        if let Some(pics) = &self.pics {
-            pics.first().end();
-        }
+        self.kicks().for_each(kick::Kick::end);
         kick::set_immediate_exit(std::ptr::null_mut());
         if std::thread::panicking() {
             self.stop.stop(StopReason::Error("a virtual processor's thread panicked".to_owned()));
@@ -139,13 +149,16 @@ impl Vp {
         if hyper_v == HyperV::Kernel {
             let capability = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
             fd.enable_cap(&capability).map_err(call("cannot enable KVM's SynIC"))?;
-            // What is not offered shall not work either. Since Linux 5.14.
-            if kvm.check_extension_raw(KVM_CAP_HYPERV_ENFORCE_CPUID.into()) > 0 {
-                let capability = kvm_enable_cap {
-                    cap: KVM_CAP_HYPERV_ENFORCE_CPUID,
-                    args: [1, 0, 0, 0],
-                    ..Default::default()
-                };
+        }
+        // What is not offered shall not work either: of Hyper-V's interface, since Linux 5.14; of
+        // KVM's own, of which no partition is offered anything, since 5.10.
+        let enforced = [
+            (KVM_CAP_HYPERV_ENFORCE_CPUID, hyper_v == HyperV::Kernel),
+            (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, true),
+        ];
+        for (cap, wanted) in enforced {
+            if wanted && kvm.check_extension_raw(cap.into()) > 0 {
+                let capability = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..Default::default() };
                 fd.enable_cap(&capability).map_err(call("cannot limit KVM to what is offered"))?;
             }
         }
@@ -296,14 +309,14 @@ impl Vp {
         kick::set_immediate_exit(&raw mut self.fd.get_kvm_run().immediate_exit);
         let split = self.controller.as_ref().map(|(split, _)| Arc::clone(split));
         let pics = split.filter(|_| self.has_pics());
-        if let Some(pics) = &pics {
-            pics.first().begin();
-        }
-        let _guard = RunGuard { stop: self.environment.stop.clone(), pics };
+        let index = self.index();
+        let auto_eoi = self.user.as_mut().map(|user| (Arc::clone(user.auto_eoi().shared()), index));
+        let guard = RunGuard { stop: self.environment.stop.clone(), pics, auto_eoi };
+        guard.kicks().for_each(kick::Kick::begin);
         while !self.environment.stop.is_stopping() {
-            let next = match self.offer_interrupt() {
+            let next = match self.end_interrupts().and_then(|()| self.offer_interrupt()) {
                 Ok(()) => self.step(buses, sink),
-                Err(error) => self.fail(&format!("KVM does not take an interrupt: {error}")),
+                Err(error) => self.fail(&format!("the local APIC cannot be served: {error}")),
             };
             if let Next::Stop(reason) = next {
                 self.environment.stop.stop(reason);
@@ -314,6 +327,14 @@ impl Vp {
     /// Whether the output of PICs that are not KVM's is wired to this processor.
     fn has_pics(&self) -> bool {
         self.environment.index == VpIndex(0)
+    }
+
+    /// Ends the interrupts that the guest has taken and that end by themselves.
+    fn end_interrupts(&mut self) -> io::Result<()> {
+        match &mut self.user {
+            Some(user) => user.auto_eoi().look(&self.fd),
+            None => Ok(()),
+        }
     }
 
     /// Takes an interrupt from the PICs if there is one and the processor can have it now. If it
@@ -494,8 +515,11 @@ impl Vp {
                 counters.count(ExitKind::Synic);
                 // SAFETY: the type says that this is the member in use.
                 let synic = unsafe { exit.u.synic };
-                let pages =
-                    PageRegisters { message_page: synic.msg_page, event_page: synic.evt_page };
+                let pages = PageRegisters {
+                    control: synic.control,
+                    message_page: synic.msg_page,
+                    event_page: synic.evt_page,
+                };
                 if let Some(synic) = &environment.synic {
                     synic.set_pages(environment.index, pages);
                 }
@@ -557,6 +581,37 @@ impl Vp {
             _ => "registers unknown".to_owned(),
         };
         Next::Stop(StopReason::Error(format!("{}: {what} ({place})", self.index())))
+    }
+}
+
+impl LocalApic for VcpuFd {
+    type Error = io::Error;
+
+    fn vectors(&self) -> io::Result<(Vectors, Vectors)> {
+        // SDM volume 3, table 11-1.
+        const ISR: usize = 0x100;
+        const IRR: usize = 0x200;
+        let page = self.get_lapic()?;
+        let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| page.regs[at + n] as u8));
+        let vectors = |first| Vectors::from_apic(|offset| word(first + offset));
+        Ok((vectors(IRR), vectors(ISR)))
+    }
+
+    /// By the register of the x2APIC, or where the guest does not use that by Hyper-V's.
+    fn end_of_interrupt(&self) -> io::Result<()> {
+        const X2APIC_EOI: u32 = 0x80b;
+        const HYPER_V_EOI: u32 = 0x4000_0070;
+        for index in [X2APIC_EOI, HYPER_V_EOI] {
+            let entry = kvm_msr_entry { index, data: 0, ..Default::default() };
+            let msrs = Msrs::from_entries(&[entry]).expect("one entry fits");
+            if self.set_msrs(&msrs)? == 1 {
+                return Ok(());
+            }
+        }
+        Err(io::Error::other(
+            "the guest wants its interrupts to end by themselves (auto-EOI), which this KVM can do \
+             only for an x2APIC (others: CONFIG_KVM_HYPERV)",
+        ))
     }
 }
 

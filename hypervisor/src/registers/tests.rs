@@ -52,19 +52,19 @@ fn the_hypercall_page_comes_to_who_says_who_they_are() {
 }
 
 #[test]
-fn pages_count_when_the_synic_does() {
+fn pages_keep_their_place_while_the_synic_is_off() {
     let mut machine = Machine::new();
     assert_eq!(machine.write(msr::SIMP, 0x8001), Ok(Action::Pages));
     assert_eq!(machine.write(msr::SIEFP, 0x9001), Ok(Action::Pages));
-    assert_eq!(machine.vp.pages().message_page, 0);
+    assert_eq!(machine.vp.pages().control, 0);
     assert_eq!(machine.write(msr::SCONTROL, 1), Ok(Action::Pages));
     let pages = machine.vp.pages();
-    assert_eq!((pages.message_page, pages.event_page), (0x8001, 0x9001));
+    assert_eq!((pages.control, pages.message_page, pages.event_page), (1, 0x8001, 0x9001));
     assert_eq!(machine.write(msr::SIMP, 1 << 40 | 1), Err(GeneralProtection), "no RAM");
     assert_eq!(machine.read(msr::SIMP), Ok(0x8001));
     assert_eq!(machine.write(msr::SIMP, 1 << 40), Ok(Action::Pages), "nor needed when disabled");
     machine.write(msr::SCONTROL, 0).unwrap();
-    assert_eq!(machine.vp.pages().event_page, 0);
+    assert_eq!((machine.vp.pages().control, machine.vp.pages().event_page), (0, 0x9001));
     assert_eq!(machine.read(msr::SIEFP), Ok(0x9001));
 }
 

@@ -2,7 +2,7 @@
 //! and emptied by the guest. Who tells where they are, the kernel or our own registers, and how an
 //! interrupt is raised is up to those who use this.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use vm_memory::{VolatileMemory, VolatileSlice};
@@ -15,7 +15,8 @@ use crate::{Gpa, GuestMemory, PAGE_SIZE, VpIndex};
 /// Bytes of one SINT's slot in the SIM page, and of its flags in the SIEF page.
 const PER_SINT: u64 = 256;
 
-/// In SIMP and SIEFP: the page is in use. The page's address is in the bits above 11.
+/// In SIMP and SIEFP: the page is in use; its address is in the bits above 11. In SCONTROL: the
+/// SynIC is on.
 pub(crate) const ENABLE: u64 = 1;
 
 /// In a message's flags: others wait.
@@ -26,9 +27,12 @@ pub(crate) fn page_of(register: u64) -> Gpa {
     Gpa(register & !(PAGE_SIZE as u64 - 1))
 }
 
-/// The registers by which a processor's guest says where its pages are.
+/// The registers by which a processor's guest says where its pages are, and whether anything may
+/// come into them.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct PageRegisters {
+    /// SCONTROL
+    pub(crate) control: u64,
     /// SIMP
     pub(crate) message_page: u64,
     /// SIEFP
@@ -39,21 +43,27 @@ pub(crate) struct PageRegisters {
 pub(crate) struct SynicPages {
     memory: GuestMemory,
     vps: Box<[VpPages]>,
+    /// What raises SINT 2 of a processor for which [`Self::raise_otherwise`] says so.
+    otherwise: OnceLock<Box<dyn Fn(VpIndex) + Send + Sync>>,
 }
 
 /// One processor's.
 #[derive(Default)]
 struct VpPages {
+    /// SCONTROL has its bit. While it has not, nothing is delivered, and the pages stay as they are.
+    on: AtomicBool,
     message_page: AtomicU64,
     event_page: AtomicU64,
     /// Raises SINT 2. Not there in a partition without a SynIC.
     interrupt: OnceLock<EventFd>,
+    /// Something else raises it.
+    otherwise: AtomicBool,
 }
 
 impl SynicPages {
     pub(crate) fn new(memory: &GuestMemory, vps: u32) -> Self {
         let vps = (0..vps).map(|_| VpPages::default()).collect();
-        Self { memory: memory.clone(), vps }
+        Self { memory: memory.clone(), vps, otherwise: OnceLock::new() }
     }
 
     fn vp(&self, vp: VpIndex) -> Option<&VpPages> {
@@ -67,9 +77,26 @@ impl SynicPages {
         }
     }
 
+    /// What raises it where [`Self::raise_otherwise`] says so.
+    pub(crate) fn attach_otherwise(&self, raise: Box<dyn Fn(VpIndex) + Send + Sync>) {
+        self.otherwise.set(raise).ok();
+    }
+
+    /// Whether the event is not what raises the VMBus's SINT on `vp`.
+    pub(crate) fn raise_otherwise(&self, vp: VpIndex, otherwise: bool) {
+        if let Some(vp) = self.vp(vp) {
+            vp.otherwise.store(otherwise, Ordering::Release);
+        }
+    }
+
     /// Raises the VMBus's SINT on `vp`.
-    pub(crate) fn raise(&self, vp: VpIndex) {
-        if let Some(event) = self.vp(vp).and_then(|vp| vp.interrupt.get()) {
+    pub(crate) fn raise(&self, index: VpIndex) {
+        let Some(vp) = self.vp(index) else { return };
+        if vp.otherwise.load(Ordering::Acquire) {
+            if let Some(raise) = self.otherwise.get() {
+                raise(index);
+            }
+        } else if let Some(event) = vp.interrupt.get() {
             // It fails only when the counter is full, and then an interrupt is on its way.
             let _ = event.write(1);
         }
@@ -92,12 +119,19 @@ impl SynicPages {
             }
             page.store(value, Ordering::Release);
         }
+        pages.on.store(registers.control & ENABLE != 0, Ordering::Release);
     }
 
-    /// A SINT's part of a page, if the guest has enabled it and it is RAM.
-    fn sint_area(&self, register: &AtomicU64, sint: Sint) -> Option<VolatileSlice<'_>> {
+    /// A SINT's part of the event page of `pages` or of the message page, if the guest has enabled
+    /// the page and the SynIC, and it is RAM.
+    fn sint_area(
+        &self,
+        pages: &VpPages,
+        register: &AtomicU64,
+        sint: Sint,
+    ) -> Option<VolatileSlice<'_>> {
         let value = register.load(Ordering::Acquire);
-        if value & ENABLE == 0 {
+        if value & ENABLE == 0 || !pages.on.load(Ordering::Acquire) {
             return None;
         }
         let area = page_of(value).checked_add(u64::from(sint.index()) * PER_SINT)?;
@@ -107,7 +141,7 @@ impl SynicPages {
     /// Puts `message` into a slot, and raises nothing yet. One thread at a time.
     pub(crate) fn fill(&self, vp: VpIndex, sint: Sint, message: &Message) -> Posted {
         self.vp(vp)
-            .and_then(|vp| self.sint_area(&vp.message_page, sint))
+            .and_then(|vp| self.sint_area(vp, &vp.message_page, sint))
             .and_then(|slot| fill(&slot, message))
             .unwrap_or(Posted::Disabled)
     }
@@ -166,7 +200,7 @@ impl EventPort for PagePort {
         let Some(vp) = self.pages.vp(index) else { return false };
         let was_clear = self
             .pages
-            .sint_area(&vp.event_page, self.sint)
+            .sint_area(vp, &vp.event_page, self.sint)
             .and_then(|flags| set_flag(&flags, self.flag))
             .unwrap_or(false);
         if was_clear {
@@ -222,6 +256,33 @@ mod tests {
         memory.read(Gpa(0x1200), &mut bytes).unwrap();
         assert_eq!(bytes[..8], [1, 0, 0, 0, 5, 0, 0, 0]);
         assert_eq!(bytes[16..], *b"other");
+    }
+
+    #[test]
+    fn a_synic_that_is_off_delivers_nothing_and_keeps_its_pages() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        let pages = Arc::new(SynicPages::new(&memory, 1));
+        let vp = VpIndex(0);
+        let set = |control| {
+            let registers = PageRegisters { control, message_page: 0x1001, event_page: 0x2001 };
+            pages.set(vp, registers);
+        };
+        let port = pages.event_port(vp, Sint::VMBUS, EventFlag::new(0).unwrap()).unwrap();
+        set(0);
+        assert_eq!(pages.fill(vp, Sint::VMBUS, &message(b"early")), Posted::Disabled);
+        assert!(!port.signal());
+        assert_eq!(memory.read_obj::<[u64; 32]>(Gpa(0x1200)).unwrap(), [0; 32]);
+        assert_eq!(memory.read_obj::<u64>(Gpa(0x2200)).unwrap(), 0);
+        set(ENABLE);
+        assert_eq!(pages.fill(vp, Sint::VMBUS, &message(b"first")), Posted::Delivered);
+        assert!(port.signal());
+        set(0);
+        memory.write_obj(Gpa(0x2200), &0_u64).unwrap();
+        assert_eq!(pages.fill(vp, Sint::VMBUS, &message(b"other")), Posted::Disabled);
+        assert!(!port.signal());
+        set(ENABLE);
+        assert!(port.signal());
+        assert_eq!(pages.fill(vp, Sint::VMBUS, &message(b"other")), Posted::Busy, "the first's");
     }
 
     #[test]

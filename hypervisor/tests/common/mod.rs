@@ -47,6 +47,7 @@ pub const DATA: u32 = 0x11_4000;
 pub const APIC_BASE: u32 = 0x1b;
 const X2APIC_EOI: u32 = 0x80b;
 const X2APIC_SPURIOUS: u32 = 0x80f;
+pub const X2APIC_SELF_IPI: u32 = 0x83f;
 
 /// Code in the making.
 #[derive(Default)]
@@ -244,6 +245,15 @@ fn write_handlers(memory: &GuestMemory) {
     }
     memory.write_obj(IDT_POINTER, &4095_u16).unwrap();
     memory.write_obj(Gpa(IDT_POINTER.0 + 2), &IDT.0).unwrap();
+}
+
+/// From now on the guest counts interrupts of `vector` and does not end them.
+pub fn leave_unended(memory: &GuestMemory, vector: u8) {
+    let code = Code::default()
+        .bytes(&[0xff, 0x04, 0x25]) // inc dword [INTERRUPTS + 4 * vector]
+        .word(INTERRUPTS + u32::from(vector) * 4)
+        .bytes(&[0x48, 0xcf]); // iretq
+    memory.write(Gpa(HANDLERS.0 + u64::from(vector) * 64), &code.0).unwrap();
 }
 
 /// A partition whose first processor starts with `code`, or `None`, with the reason told, where

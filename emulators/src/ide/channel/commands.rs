@@ -18,6 +18,10 @@ impl Channel {
             self.interrupt = self.drives.iter().any(Option::is_some);
             return;
         }
+        let selected = self.drives.get(self.selected()).and_then(Option::as_ref);
+        if code == command::DEVICE_RESET && selected.is_some_and(|drive| drive.cd.is_some()) {
+            return self.restart_device();
+        }
         self.active = self.selected();
         let register = self.device;
         self.acknowledge();
@@ -155,7 +159,6 @@ impl Channel {
             }
             command::IDENTIFY_PACKET_DEVICE => self.page(Drive::identify),
             command::SET_FEATURES => self.set_features(),
-            command::DEVICE_RESET => drive.put_signature(),
             command::STANDBY_IMMEDIATE | command::IDLE_IMMEDIATE => self.succeed(),
             command::CHECK_POWER_MODE => {
                 drive.count.set(0xff);

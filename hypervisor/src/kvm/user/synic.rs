@@ -2,7 +2,8 @@
 //!
 //! The VMBus's SINT has an irqfd per processor, so that whoever holds its descriptor can raise it;
 //! its route follows what the guest writes to the SINT's register, which is rare. The others, used
-//! by timers alone, are raised by an ioctl each.
+//! by timers alone, are raised by an ioctl each. So are those whose interrupts end by themselves
+//! ([`super::auto_eoi`]).
 
 use std::collections::HashMap;
 use std::io;
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::auto_eoi::AutoEoi;
 use crate::hypercall::page::DOORBELL_PORT;
 use crate::kvm::irq::Routes;
 use crate::kvm::{call, irq};
@@ -27,7 +29,8 @@ const DOORBELL: IoEventAddress = IoEventAddress::Pio(DOORBELL_PORT as u64);
 pub(in crate::kvm) struct UserSynic {
     vm: Arc<VmFd>,
     pages: Arc<SynicPages>,
-    vps: Box<[VpSints]>,
+    vps: Arc<[VpSints]>,
+    auto_eoi: Arc<AutoEoi>,
     /// Held while a slot is filled: the VMBus posts, and so do timers.
     posting: Mutex<()>,
     routes: Arc<Routes>,
@@ -44,8 +47,21 @@ struct VpSints {
     open: AtomicU16,
     /// A bit per SINT whose slot was found taken.
     busy: AtomicU16,
+    /// A bit per SINT whose interrupts end by themselves.
+    auto_eoi: AtomicU16,
     /// The vectors; 0 for none.
     vectors: [AtomicU8; Sint::COUNT as usize],
+}
+
+impl VpSints {
+    fn vector(&self, sint: Sint) -> Option<u8> {
+        let vector = self.vectors.get(usize::from(sint.index()))?.load(Ordering::Acquire);
+        (vector != 0).then_some(vector)
+    }
+
+    fn ends_by_itself(&self, sint: Sint) -> bool {
+        self.auto_eoi.load(Ordering::Acquire) & bit(sint) != 0
+    }
 }
 
 fn bit(sint: Sint) -> u16 {
@@ -68,12 +84,22 @@ impl UserSynic {
         for index in (0..vps).map(VpIndex) {
             pages.attach_interrupt(index, irq::irqfd(vm, irq::sint_gsi(index))?);
         }
+        let auto_eoi = Arc::new(AutoEoi::new(vm, vps));
+        let vps: Arc<[VpSints]> = (0..vps).map(|_| VpSints::default()).collect();
+        let (by_hand, sints) = (Arc::clone(&auto_eoi), Arc::clone(&vps));
+        pages.attach_otherwise(Box::new(move |vp| {
+            let vector = sints.get(vp.0 as usize).and_then(|sints| sints.vector(Sint::VMBUS));
+            if let Some(vector) = vector {
+                by_hand.raise(vp, vector);
+            }
+        }));
         let slot_free =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(call("cannot make an eventfd"))?;
         Ok(Self {
             vm: Arc::clone(vm),
             pages,
-            vps: (0..vps).map(|_| VpSints::default()).collect(),
+            vps,
+            auto_eoi,
             posting: Mutex::default(),
             routes: Arc::clone(routes),
             slot_free,
@@ -84,6 +110,11 @@ impl UserSynic {
 
     pub(super) fn vp_count(&self) -> u32 {
         self.vps.len() as u32
+    }
+
+    /// Those of its interrupts that end by themselves.
+    pub(super) fn auto_eoi(&self) -> &Arc<AutoEoi> {
+        &self.auto_eoi
     }
 
     fn vp(&self, vp: VpIndex) -> Option<&VpSints> {
@@ -108,22 +139,37 @@ impl UserSynic {
         } else {
             sints.open.fetch_and(!bit(sint), Ordering::AcqRel);
         }
-        let vector = state.vector().unwrap_or(0);
-        let old = sints
-            .vectors
-            .get(usize::from(sint.index()))
-            .map(|slot| slot.swap(vector, Ordering::AcqRel));
-        if sint == Sint::VMBUS && old != Some(vector) { self.route() } else { Ok(()) }
+        let before = (sints.vector(sint), sints.ends_by_itself(sint));
+        if let Some(slot) = sints.vectors.get(usize::from(sint.index())) {
+            slot.store(state.vector().unwrap_or(0), Ordering::Release);
+        }
+        let auto_eoi = state.wants_auto_eoi();
+        if auto_eoi {
+            sints.auto_eoi.fetch_or(bit(sint), Ordering::AcqRel);
+        } else {
+            sints.auto_eoi.fetch_and(!bit(sint), Ordering::AcqRel);
+        }
+        if sint != Sint::VMBUS || before == (state.vector(), auto_eoi) {
+            return Ok(());
+        }
+        // There is a way to raise it at any time, and for a moment there may be two.
+        if auto_eoi {
+            self.pages.raise_otherwise(vp, true);
+            self.route()
+        } else {
+            self.route()?;
+            self.pages.raise_otherwise(vp, false);
+            Ok(())
+        }
     }
 
     /// Tells KVM where the VMBus's SINTs go. To change routes costs it a grace period, so it is
     /// done only when one has changed.
     fn route(&self) -> Result<(), PartitionError> {
-        let vector = |sints: &VpSints| {
-            sints.vectors.get(usize::from(Sint::VMBUS.index())).map(|v| v.load(Ordering::Acquire))
-        };
-        let sints = (0..).map(VpIndex).zip(&self.vps).filter_map(|(vp, sints)| {
-            vector(sints).filter(|vector| *vector != 0).map(|vector| irq::sint_vector(vp, vector))
+        let routed = |sints: &&VpSints| !sints.ends_by_itself(Sint::VMBUS);
+        let sints = (0..).map(VpIndex).zip(&*self.vps).filter_map(|(vp, sints)| {
+            let vector = Some(sints).filter(routed)?.vector(Sint::VMBUS)?;
+            Some(irq::sint_vector(vp, vector))
         });
         self.routes.set_sints(sints)
     }
@@ -154,9 +200,10 @@ impl UserSynic {
         if sint == Sint::VMBUS {
             return self.pages.raise(vp);
         }
-        let vector = self.vp(vp).and_then(|sints| sints.vectors.get(usize::from(sint.index())));
-        match vector.map(|vector| vector.load(Ordering::Acquire)) {
-            None | Some(0) => {}
+        let Some(sints) = self.vp(vp) else { return };
+        match sints.vector(sint) {
+            None => {}
+            Some(vector) if sints.ends_by_itself(sint) => self.auto_eoi.raise(vp, vector),
             Some(vector) => self.raise_vector(vp, vector),
         }
     }

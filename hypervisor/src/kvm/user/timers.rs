@@ -1,6 +1,7 @@
 //! Synthetic timers on a thread: it sleeps until the next of all timers is due. It starts with the
 //! first one that a guest sets.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -15,6 +16,8 @@ use crate::timers::{self, Expiration, TIMERS, Timer};
 pub(super) struct Timers {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// It could not be started, and that was said: a guest may set timers without end.
+    complained: AtomicBool,
 }
 
 struct Shared {
@@ -49,7 +52,8 @@ impl Timers {
         let vps = (0..synic.vp_count()).map(|_| VpTimers::default()).collect();
         let bank = Mutex::new(Bank { vps, ended: false });
         let shared = Shared { clock, synic: Arc::clone(synic), bank, changed: Condvar::new() };
-        Self { shared: Arc::new(shared), thread: Mutex::default() }
+        let complained = AtomicBool::new(false);
+        Self { shared: Arc::new(shared), thread: Mutex::default(), complained }
     }
 
     /// A guest's read of one of the eight registers.
@@ -105,6 +109,7 @@ impl Timers {
             let builder = std::thread::Builder::new().name("timers".to_owned());
             match builder.spawn(move || shared.run()) {
                 Ok(handle) => *thread = Some(handle),
+                Err(_) if self.complained.swap(true, Ordering::Relaxed) => {}
                 Err(error) => tracing::error!(%error, "cannot start the timers' thread"),
             }
         }
