@@ -22,6 +22,7 @@ mod random;
 mod verify;
 
 use core::fmt::Display;
+use core::iter::Peekable;
 
 pub use hostile::Silence;
 use nics::Nics;
@@ -212,57 +213,45 @@ fn tell(platform: &impl Platform, mut object: Object) {
     platform.line(object.line());
 }
 
+/// Tasks as they are written and as they are understood.
+type Tasks<'t> = Peekable<&'t mut dyn Iterator<Item = (&'t str, Work)>>;
+
 fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError> {
-    let mut devices = None;
-    for task in command_line.split(';').map(str::trim).filter(|task| !task.is_empty()) {
-        // It was read before.
-        let Some(Ok(work)) = work::parse(task).next() else { continue };
-        if let Work::Hostile(hostile) = work {
-            // It wants nothing of what was agreed on before.
-            if let Some(Devices { bus, .. }) = devices.take() {
-                bus.unload()?;
-            }
-            tell(platform, Object::default().string("begin", task));
-            tell(platform, hostile.run(platform, platform.memory())?);
-            hostile.rest(platform);
+    let tasks = command_line.split(';').map(str::trim).filter(|task| !task.is_empty());
+    // They were read before.
+    let mut tasks = tasks.filter_map(|task| Some((task, work::parse(task).next()?.ok()?)));
+    let mut tasks: Tasks<'_> = (&mut tasks as &mut dyn Iterator<Item = _>).peekable();
+    while let Some((_, work)) = tasks.peek() {
+        let Work::Hostile(hostile) = *work else {
+            work_honestly(platform, &mut tasks)?;
             continue;
+        };
+        if let Some((task, _)) = tasks.next() {
+            tell(platform, Object::default().string("begin", task));
         }
-        let devices = match &mut devices {
-            Some(devices) => devices,
-            none => none.insert(Devices::open(platform)?),
-        };
+        tell(platform, hostile.run(platform, platform.memory())?);
+        hostile.rest(platform);
+    }
+    Ok(())
+}
+
+/// Takes all devices into use, and does what is to be done up to the next task that wants the machine for
+/// itself.
+fn work_honestly<P: Platform>(platform: &P, tasks: &mut Tasks<'_>) -> Result<(), RunError> {
+    let mut memory = platform.memory();
+    let mut bus = Bus::connect(platform)?;
+    let connected = Object::default().string("event", "connected").string("bus", "vmbus");
+    let connected = match bus.version() {
+        Some(version) => connected.string("version", version),
+        None => connected,
+    };
+    tell(platform, connected.number("offers", bus.offers().count()));
+
+    let mut disks = Disks::open(platform, &mut bus, &mut memory)?;
+    let mut nics = Nics::open(platform, &mut bus, &mut memory)?;
+    let honest = |(_, work): &(&str, Work)| !matches!(work, Work::Hostile(_));
+    while let Some((task, work)) = tasks.next_if(honest) {
         tell(platform, Object::default().string("begin", task));
-        devices.work(platform, work)?;
-    }
-    devices.map_or(Ok(()), |devices| Ok(devices.bus.unload()?))
-}
-
-/// All devices of the machine, in use.
-struct Devices<'w, P: Platform> {
-    bus: Bus<'w, P>,
-    disks: Disks<'w, P>,
-    nics: Nics<'w, P>,
-    /// What they have left.
-    memory: Pages<'w>,
-}
-
-impl<'w, P: Platform> Devices<'w, P> {
-    fn open(platform: &'w P) -> Result<Self, RunError> {
-        let mut memory = platform.memory();
-        let mut bus = Bus::connect(platform)?;
-        let connected = Object::default().string("event", "connected").string("bus", "vmbus");
-        let connected = match bus.version() {
-            Some(version) => connected.string("version", version),
-            None => connected,
-        };
-        tell(platform, connected.number("offers", bus.offers().count()));
-        let disks = Disks::open(platform, &mut bus, &mut memory)?;
-        let nics = Nics::open(platform, &mut bus, &mut memory)?;
-        Ok(Self { bus, disks, nics, memory })
-    }
-
-    fn work(&mut self, platform: &'w P, work: Work) -> Result<(), RunError> {
-        let Self { disks, nics, memory, .. } = self;
         match work {
             Work::Identify(which) => {
                 let all = |count| 0..u32::try_from(count).unwrap_or(u32::MAX);
@@ -284,19 +273,19 @@ impl<'w, P: Platform> Devices<'w, P> {
             }
             Work::Verify(verify) => {
                 disks.with(verify.disk, verify.transfer, |disk| {
-                    tell(platform, verify.run(Seat::new(platform, disk, *memory))?);
+                    tell(platform, verify.run(Seat::new(platform, disk, memory))?);
                     Ok(())
                 })?;
             }
             Work::Checksum(checksum) => {
                 disks.with(checksum.disk, checksum.transfer, |disk| {
-                    tell(platform, checksum.run(Seat::new(platform, disk, *memory))?);
+                    tell(platform, checksum.run(Seat::new(platform, disk, memory))?);
                     Ok(())
                 })?;
             }
             Work::Bench(bench) => {
                 disks.with(bench.disk, bench.transfer, |disk| {
-                    tell(platform, bench.run(Seat::new(platform, disk, *memory))?);
+                    tell(platform, bench.run(Seat::new(platform, disk, memory))?);
                     Ok(())
                 })?;
             }
@@ -304,11 +293,11 @@ impl<'w, P: Platform> Devices<'w, P> {
                 let pair = nics.pair([exchange.nic, exchange.peer])?;
                 tell(platform, exchange.run(platform, pair)?);
             }
-            // Wants the machine for itself.
+            // Not here.
             Work::Hostile(_) => {}
         }
-        Ok(())
     }
+    Ok(bus.unload()?)
 }
 
 fn identify(number: u32, disk: &dyn BlockDriver<'_>) -> Object {
