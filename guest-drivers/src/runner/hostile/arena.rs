@@ -84,7 +84,7 @@ impl<'w> Arena<'w> {
     /// A sum of all that lies in it.
     pub(super) fn sum(&self) -> u64 {
         let all = [self.rings, self.data, self.tables];
-        let words = all.iter().flat_map(|pages| pages.words());
+        let words = all.iter().flat_map(Pages::words);
         words
             .fold(0, |sum: u64, word| sum.rotate_left(5).wrapping_add(word.load(Ordering::Relaxed)))
     }

@@ -135,7 +135,7 @@ impl<'w> Channel<'w> {
         let control = self.incoming.control;
         let size = self.incoming.size();
         let written = control.write_index.load(Ordering::Acquire) % size;
-        let mut at = control.read_index.load(Ordering::Relaxed) % size & !7;
+        let mut at = (control.read_index.load(Ordering::Relaxed) % size) & !7;
         // One's own ring is as broken as one has made it.
         for _ in 0..1024 {
             if at == written & !7 {

@@ -143,7 +143,8 @@ impl Channel {
         let [a, b, c, d, e, f, ..] = block.to_le_bytes();
         let count = chaos.below(33) as u16;
         let [low, high] = (chaos.or_odd(count.into(), 10) as u16).to_le_bytes();
-        let device = 0xe0 | (chaos.below(2) as u8) << 4 | (d & 0xf) * u8::from(chaos.percent(10));
+        let drive = (chaos.below(2) as u8) << 4;
+        let device = 0xe0 | drive | if chaos.percent(10) { d & 0xf } else { 0 };
         let feature = chaos.of(0, &[1, 2, 3, 0xd0, 0xd5, 0xd8, 0xda, 0xaa]);
         let values = [
             (6, chaos.or_odd(device.into(), 5) as u8),
