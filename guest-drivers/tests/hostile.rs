@@ -87,9 +87,8 @@ fn machine(vps: usize) -> Machine {
     for number in 0..2 {
         let slot = pci::FIRST_SLOT + number;
         let (function, decode, _) = pci::nic::function(slot);
-        let address = MacAddr([2, 0, 0, 0, 1, number as u8]);
+        let address = MacAddr([2, 0, 0, 0, 1, number]);
         let config = E1000Config { address, mtu: 1500, network: port() };
-        let number = number.into();
         let nic = E1000::new(number, &config, &memory, Arc::clone(&decode), shared.end()).unwrap();
         window.add(decode, pci::nic::MEMORY, nic.memory());
         bus.add(slot, 0, function);

@@ -101,9 +101,14 @@ impl<'w, P: Platform> Wire<'w, P> {
     }
 
     /// The same to any connection, as any type.
-    pub(super) fn post_to(&mut self, connection: u32, kind: u32, payload: &[u8]) -> bool {
+    fn post_to(&mut self, connection: u32, kind: u32, payload: &[u8]) -> bool {
+        self.post_within(5 * BRIEF, connection, kind, payload)
+    }
+
+    /// The same, with so much time for a root that has no room, in nanoseconds.
+    fn post_within(&mut self, patience: u64, connection: u32, kind: u32, payload: &[u8]) -> bool {
         self.counts.messages += 1;
-        let until = self.platform.now().saturating_add(5 * BRIEF);
+        let until = self.platform.now().saturating_add(patience);
         loop {
             match self.platform.post_message(connection, kind, payload) {
                 HvStatus::SUCCESS => return true,
@@ -240,13 +245,13 @@ impl<'w, P: Platform> Wire<'w, P> {
         let vp = if chaos.percent(80) { 0 } else { self.vp(chaos) };
         let floods = if chaos.percent(10) { chaos.below(40) } else { 1 };
         for _ in 0..floods {
-            self.hello(version, vp);
+            self.hello(5 * BRIEF, version, vp);
         }
         self.until(BRIEF, |wire| wire.contacted);
         self.request_offers(BRIEF)
     }
 
-    fn hello(&mut self, version: Version, vp: u32) {
+    fn hello(&mut self, patience: u64, version: Version, vp: u32) -> bool {
         self.contacted = false;
         self.offers = [None; CHANNELS];
         self.connection =
@@ -255,7 +260,7 @@ impl<'w, P: Platform> Wire<'w, P> {
         message.u32(MessageKind::InitiateContact.0).u32(0).u32(version.0).u32(vp);
         // The SINT of the messages, and no monitor pages.
         message.u64(2).u64(0).u64(0);
-        self.post(message.get());
+        self.post_within(patience, self.connection, MESSAGE_TYPE, message.get())
     }
 
     fn request_offers(&mut self, patience: u64) -> bool {
@@ -268,12 +273,15 @@ impl<'w, P: Platform> Wire<'w, P> {
     pub(super) fn leave(&mut self) -> Result<(), Silence> {
         let deadline = self.platform.now().saturating_add(PATIENCE);
         while self.platform.now() < deadline {
-            self.hello(Version::V5_3, 0);
-            if !self.until(PATIENCE, |wire| wire.contacted) {
+            // A root that has no room is one that is still busy with what was said before.
+            if !self.hello(PATIENCE, Version::V5_3, 0)
+                || !self.until(PATIENCE, |wire| wire.contacted)
+            {
                 break;
             }
             self.unloaded = false;
-            self.post(Header::new(MessageKind::Unload).as_bytes());
+            let leave = Header::new(MessageKind::Unload);
+            self.post_within(PATIENCE, self.connection, MESSAGE_TYPE, leave.as_bytes());
             // The contact that was answered may have been one before this; then this one still waits, and
             // the leave was heard by nobody.
             if self.until(PATIENCE / 10, |wire| wire.unloaded) {
