@@ -79,11 +79,13 @@ The WORK of the built-in guest is tasks, parted by semicolons; each prints a lin
            [vps=1]
   checksum [disk=N] [bytes=16M] [bs=64k] [depth=8] [vps=1]
   exchange [nic=0] [peer=1] [len=1500] [depth=32] [frames=N] [time=1s] [spin=100us] [seed=N]
+  hostile  [seed=1] [time=1s] [rounds=N] [rest=0s]    overwrites all disks
 Disks are counted from 0: synthetic ones by controller and LUN, then those on IDE channels, which
 also take transfer=dma|pio. rw=write overwrites the disk. vps=N has N of the --cpus share the work,
 each with depth requests in flight on a channel of its own. NICs are counted from 0, too. An exchange
 sends frames of len bytes from nic to peer and back at the same time, depth of them under way each
-way, until there were so many or the time is over, and compares every byte that arrives.")]
+way, until there were so many or the time is over, and compares every byte that arrives. hostile
+drives all devices wrongly, for a test of the host: round by round, each from a seed, counted up.")]
 pub struct Run {
     /// The kernel: a bzImage or an ELF vmlinux
     #[arg(long, value_name = "FILE")]

@@ -62,9 +62,12 @@ fn work_that_is_none() {
     let files = Files::new();
     let disk = format!("path={}", files.at("good.img"));
     for (work, line) in [
-        ("", "there is no work; say identify, verify, checksum, bench or exchange"),
-        ("-d", "'-d' is no work; say identify, verify, checksum, bench or exchange"),
-        ("verify; dance", "'dance' is no work; say identify, verify, checksum, bench or exchange"),
+        ("", "there is no work; say identify, verify, checksum, bench, exchange or hostile"),
+        ("-d", "'-d' is no work; say identify, verify, checksum, bench, exchange or hostile"),
+        (
+            "verify; dance",
+            "'dance' is no work; say identify, verify, checksum, bench, exchange or hostile",
+        ),
         ("bench depth=0", "depth=0 is not possible; depth is 1 to 64"),
         ("bench bs=1G", "bs=1G is not possible; bs is a multiple of 512 up to 128k"),
     ] {

@@ -15,13 +15,16 @@ mod bench;
 mod checksum;
 mod exchange;
 mod flow;
+mod hostile;
 mod nics;
 mod parts;
 mod random;
 mod verify;
 
 use core::fmt::Display;
+use core::iter::Peekable;
 
+pub use hostile::Silence;
 use nics::Nics;
 use parts::Seat;
 use thiserror::Error;
@@ -165,6 +168,14 @@ pub enum RunError {
     /// A driver that speaks of what was not asked.
     #[error("the driver ended a request that was not made")]
     Unasked,
+    /// A hostile guest is not served any more.
+    #[error("{silence}; it was so after `hostile seed={seed} rounds=1`")]
+    Hostile {
+        /// Of the round.
+        seed: u64,
+        /// What is silent.
+        silence: Silence,
+    },
     /// What was read is not what was written.
     #[error("byte {byte} of the disk reads {read:#018x} where {written:#018x} was written")]
     Differs {
@@ -202,7 +213,31 @@ fn tell(platform: &impl Platform, mut object: Object) {
     platform.line(object.line());
 }
 
+/// Tasks as they are written and as they are understood.
+type Tasks<'t> = Peekable<&'t mut dyn Iterator<Item = (&'t str, Work)>>;
+
 fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError> {
+    let tasks = command_line.split(';').map(str::trim).filter(|task| !task.is_empty());
+    // They were read before.
+    let mut tasks = tasks.filter_map(|task| Some((task, work::parse(task).next()?.ok()?)));
+    let mut tasks: Tasks<'_> = (&mut tasks as &mut dyn Iterator<Item = _>).peekable();
+    while let Some((_, work)) = tasks.peek() {
+        let Work::Hostile(hostile) = *work else {
+            work_honestly(platform, &mut tasks)?;
+            continue;
+        };
+        if let Some((task, _)) = tasks.next() {
+            tell(platform, Object::default().string("begin", task));
+        }
+        tell(platform, hostile.run(platform, platform.memory())?);
+        hostile.rest(platform);
+    }
+    Ok(())
+}
+
+/// Takes all devices into use, and does what is to be done up to the next task that wants the machine for
+/// itself.
+fn work_honestly<P: Platform>(platform: &P, tasks: &mut Tasks<'_>) -> Result<(), RunError> {
     let mut memory = platform.memory();
     let mut bus = Bus::connect(platform)?;
     let connected = Object::default().string("event", "connected").string("bus", "vmbus");
@@ -214,9 +249,8 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
 
     let mut disks = Disks::open(platform, &mut bus, &mut memory)?;
     let mut nics = Nics::open(platform, &mut bus, &mut memory)?;
-    for task in command_line.split(';').map(str::trim).filter(|task| !task.is_empty()) {
-        // It was read before.
-        let Some(Ok(work)) = work::parse(task).next() else { continue };
+    let honest = |(_, work): &(&str, Work)| !matches!(work, Work::Hostile(_));
+    while let Some((task, work)) = tasks.next_if(honest) {
         tell(platform, Object::default().string("begin", task));
         match work {
             Work::Identify(which) => {
@@ -259,6 +293,8 @@ fn work_on<P: Platform>(platform: &P, command_line: &str) -> Result<(), RunError
                 let pair = nics.pair([exchange.nic, exchange.peer])?;
                 tell(platform, exchange.run(platform, pair)?);
             }
+            // Not here.
+            Work::Hostile(_) => {}
         }
     }
     Ok(bus.unload()?)

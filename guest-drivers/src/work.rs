@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! identify; verify disk=0 bytes=16M; bench disk=0 pattern=rand rw=read bs=4k depth=32 time=500ms;
-//! exchange nic=0 peer=1 len=1500 depth=32 time=500ms
+//! exchange nic=0 peer=1 len=1500 depth=32 time=500ms; hostile seed=7 time=10s
 //! ```
 //!
 //! Tasks are parted by semicolons, and a task's settings by spaces. Sizes are in bytes or in units
@@ -31,6 +31,8 @@ pub enum Work {
     Bench(Bench),
     /// Send frames from one NIC to another, and back.
     Exchange(Exchange),
+    /// Drive every device wrongly. What was on the disks is gone.
+    Hostile(Hostile),
 }
 
 /// Settings of `identify`.
@@ -124,6 +126,19 @@ pub struct Exchange {
     pub seed: u64,
 }
 
+/// Settings of `hostile`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hostile {
+    /// What the first round's choices begin with; each further round's is one more.
+    pub seed: u64,
+    /// Nanoseconds, after which no more rounds begin.
+    pub time: u64,
+    /// How many rounds.
+    pub rounds: u64,
+    /// Nanoseconds for which nothing is done after the last: for whoever counts what is left.
+    pub rest: u64,
+}
+
 /// An order of blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
@@ -166,10 +181,10 @@ impl Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum WorkError<'a> {
     /// Nothing to do.
-    #[error("there is no work; say identify, verify, checksum, bench or exchange")]
+    #[error("there is no work; say identify, verify, checksum, bench, exchange or hostile")]
     Nothing,
     /// An unknown task.
-    #[error("'{0}' is no work; say identify, verify, checksum, bench or exchange")]
+    #[error("'{0}' is no work; say identify, verify, checksum, bench, exchange or hostile")]
     Task(&'a str),
     /// A word without an equals sign.
     #[error("'{0}' is not KEY=VALUE")]
@@ -200,6 +215,7 @@ const VERIFY_KEYS: &str = "disk, transfer, bytes, bs, depth, seed, vps";
 const CHECKSUM_KEYS: &str = "disk, transfer, bytes, bs, depth, vps";
 const BENCH_KEYS: &str = "disk, transfer, pattern, rw, bs, depth, time, spin, vps";
 const EXCHANGE_KEYS: &str = "nic, peer, len, depth, frames, time, spin, seed";
+const HOSTILE_KEYS: &str = "seed, time, rounds, rest";
 
 /// What disks' and NICs' patterns begin with.
 const SEED: u64 = 0x5061_7274_6974_6121;
@@ -224,6 +240,7 @@ fn parse_task(task: &str) -> Result<Work, WorkError<'_>> {
         "checksum" => checksum(settings),
         "bench" => bench(settings),
         "exchange" => exchange(settings),
+        "hostile" => hostile(settings),
         other => Err(WorkError::Task(other)),
     }
 }
@@ -362,6 +379,28 @@ fn exchange<'a>(
     Ok(Work::Exchange(exchange))
 }
 
+fn hostile<'a>(
+    settings: impl Iterator<Item = Result<Setting<'a>, WorkError<'a>>>,
+) -> Result<Work, WorkError<'a>> {
+    let mut hostile = Hostile { seed: 1, time: 1_000_000_000, rounds: u64::MAX, rest: 0 };
+    let mut time = None;
+    for setting in settings {
+        let setting = setting?;
+        match setting.key {
+            "seed" => hostile.seed = setting.size(0..=u64::MAX, "a number")?,
+            "time" => time = Some(setting.time("a time such as 500ms, up to 3600s")?),
+            "rounds" => {
+                hostile.rounds = setting.size(1..=u64::MAX, "a number of rounds")?;
+                hostile.time = u64::MAX;
+            }
+            "rest" => hostile.rest = setting.time("a time such as 1s")?,
+            _ => return Err(setting.unknown("hostile", HOSTILE_KEYS)),
+        }
+    }
+    hostile.time = time.unwrap_or(hostile.time);
+    Ok(Work::Hostile(hostile))
+}
+
 #[derive(Clone, Copy)]
 struct Setting<'a> {
     key: &'a str,
@@ -471,7 +510,8 @@ mod tests {
         let line = " identify; identify disk=2 ; identify nic=1;verify disk=1 bytes=1M bs=512 depth=2 seed=7 vps=3;\
                     bench pattern=seq rw=write bs=128k depth=64 time=2s spin=0us disk=3 \
                     transfer=dma; checksum disk=1 transfer=pio; exchange; \
-                    exchange nic=2 peer=3 len=64 depth=1 frames=1k time=1ms spin=2us seed=9";
+                    exchange nic=2 peer=3 len=64 depth=1 frames=1k time=1ms spin=2us seed=9; \
+                    hostile; hostile seed=7 rounds=3 rest=1ms; hostile rounds=1k time=2s";
         let works: Vec<_> = parse(line).collect::<Result<_, _>>().unwrap();
         assert_eq!(
             works,
@@ -527,6 +567,9 @@ mod tests {
                     spin: 2_000,
                     seed: 9,
                 }),
+                Work::Hostile(Hostile { seed: 1, time: 1_000_000_000, rounds: u64::MAX, rest: 0 }),
+                Work::Hostile(Hostile { seed: 7, time: u64::MAX, rounds: 3, rest: 1_000_000 }),
+                Work::Hostile(Hostile { seed: 1, time: 2_000_000_000, rounds: 1024, rest: 0 }),
             ]
         );
     }
@@ -537,7 +580,7 @@ mod tests {
 
     #[test]
     fn refusals_say_what_would_be_right() {
-        let words = "say identify, verify, checksum, bench or exchange";
+        let words = "say identify, verify, checksum, bench, exchange or hostile";
         assert_eq!(refusal(""), format!("there is no work; {words}"));
         assert_eq!(refusal(" ; "), format!("there is no work; {words}"));
         assert_eq!(refusal("format"), format!("'format' is no work; {words}"));
@@ -566,6 +609,14 @@ mod tests {
         assert_eq!(
             refusal("exchange disk=0"),
             "exchange knows no 'disk'; it knows nic, peer, len, depth, frames, time, spin, seed"
+        );
+        assert_eq!(
+            refusal("hostile rounds=0"),
+            "rounds=0 is not possible; rounds is a number of rounds"
+        );
+        assert_eq!(
+            refusal("hostile disk=0"),
+            "hostile knows no 'disk'; it knows seed, time, rounds, rest"
         );
         assert_eq!(
             refusal("identify; verify bytes=-1"),

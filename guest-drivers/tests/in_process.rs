@@ -189,7 +189,9 @@ fn work_that_is_not_understood_is_not_begun() {
     assert_eq!(status, status::MISUNDERSTOOD);
     assert_eq!(
         lines,
-        [r#"{"error":"'format' is no work; say identify, verify, checksum, bench or exchange"}"#]
+        [
+            r#"{"error":"'format' is no work; say identify, verify, checksum, bench, exchange or hostile"}"#
+        ]
     );
 }
 

@@ -111,7 +111,7 @@ impl User {
         };
         // Only passt keeps this one: another child would keep the stream open when passt has ended.
         // SAFETY: the call is one that a signal handler may make.
-        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, keep) };
+        unsafe { command.pre_exec(keep) };
         command.arg("--mtu").arg(mtu.to_string());
         for (protocol, option) in [(Protocol::Tcp, "-t"), (Protocol::Udp, "-u")] {
             let mut any = false;
