@@ -558,7 +558,7 @@ mod tests {
     #[test]
     fn refusals_say_what_would_be_right() {
         let message = |s: &str| s.parse::<DiskOption>().unwrap_err().to_string();
-        let known = "path, attach, controller, lun, channel, device, readonly, direct, id";
+        let known = DISK_KEYS;
         let written = "is not KEY=VALUE; a disk is written [path=]FILE[,KEY=VALUE]…";
         assert_eq!(message("readonly=on,a.img"), format!("'a.img' {written}"));
         assert_eq!(message("a.img,readonly"), format!("'readonly' {written}"));
