@@ -71,7 +71,7 @@ impl Guest {
 
     /// As [`Self::new`], with a NIC that is plugged into this.
     pub fn plugged_into(network: Arc<dyn Network>) -> Self {
-        Self::on(Loopback::new(), network).up()
+        Self::unshaken_on(network).up()
     }
 
     fn up(self) -> Self {
@@ -85,6 +85,11 @@ impl Guest {
     pub fn unshaken() -> Self {
         let cable = Loopback::new();
         Self::on(cable.clone(), Arc::new(cable))
+    }
+
+    /// As [`Self::unshaken`], with a NIC that is plugged into this.
+    pub fn unshaken_on(network: Arc<dyn Network>) -> Self {
+        Self::on(Loopback::new(), network)
     }
 
     fn on(cable: Loopback, network: Arc<dyn Network>) -> Self {

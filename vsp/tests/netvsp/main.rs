@@ -1,6 +1,7 @@
 //! Client against server: a NIC's worker on one side of a real, double-mapped ring, a guest's
 //! netvsc ([`guest`]) on the other, and a cable that leads back into the NIC. No VM is involved.
 
+mod busy;
 mod guest;
 
 use std::io::{Read, Write};
@@ -8,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use backends::net::loopback::Loopback;
 use backends::net::stream::Stream;
 use vmbus::nvsp::{
     Capabilities, ChannelType, Init, InitComplete, Message, MessageKind, Outgoing,
@@ -19,6 +21,7 @@ use vmbus::protocol::GpadlId;
 use vmbus::rndis::{Oid, PacketInfoKind};
 use zerocopy::IntoBytes;
 
+use busy::Busy;
 use guest::{
     Both, Guest, ME, MIB, PATIENCE, RECEIVE, RECEIVE_PAGES, Received, SEND, data, frame, large,
     open_second, reopen_second, segment, spread,
@@ -391,7 +394,7 @@ fn buffers_that_are_torn_down_are_not_touched_any_more() {
 /// that back before the last frame has left.
 #[test]
 fn a_send_buffer_is_not_given_back_while_a_channel_sends_from_it() {
-    let mut guest = Guest::unshaken();
+    let mut guest = Guest::unshaken_on(Arc::new(Busy(Loopback::new())));
     guest.share_receive_buffer(Version::V6_1, Capabilities::IEEE_8021Q);
     let mut second = open_second(&mut guest);
     guest.share_send_buffer();
