@@ -65,9 +65,9 @@ rc=0
 partita run --kernel /lab/cloud/vmlinuz --disk path=first.img --serial file:made 2>refused || rc=$?
 mv /dev/kvm.away /dev/kvm
 [ "$rc" = 1 ] || fail "without KVM, partita run exited with $rc"
-[ "$(wc -l <refused)" = 1 ] && grep -q '/dev/kvm does not exist' refused || fail "$(cat refused)"
+[ "$(wc -l <refused)" = 1 ] && grep -q 'there is no /dev/kvm' refused || fail "$(cat refused)"
 [ ! -e made ] || fail 'without KVM, a file was made all the same'
 expect 'a hosted partition'
-expect '/dev/kvm does not exist'
+expect 'there is no /dev/kvm'
 expect '4 KiB at random, hosted'
 expect 'the guest switched itself off'
