@@ -20,9 +20,13 @@ pub fn look_at<'d>(disks: impl Iterator<Item = &'d dyn Disk>) {
     }
 }
 
-/// From now on a SIGUSR2 has the disks looked at, for as long as the program runs.
-pub fn on_signal(disks: Vec<Arc<dyn Disk>>) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGUSR2]).context("cannot listen for signals")?;
+/// Hears SIGUSR2 from now on, which would end the program otherwise.
+pub fn listen() -> anyhow::Result<Signals> {
+    Signals::new([SIGUSR2]).context("cannot listen for signals")
+}
+
+/// Has each signal look at the disks, for as long as the program runs; one that has come already, too.
+pub fn on_signal(mut signals: Signals, disks: Vec<Arc<dyn Disk>>) -> anyhow::Result<()> {
     thread::Builder::new().name("resize".into()).spawn(move || {
         for _ in signals.forever() {
             look_at(disks.iter().map(|disk| &**disk));

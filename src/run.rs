@@ -229,6 +229,7 @@ impl Run {
         }
         // From here on signals are heard, and end what has been made in an orderly way.
         let console = Console::new()?;
+        let resizes = resize::listen()?;
         console.waits_for("the disks and networks to open");
         let disks = self.disk.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         // Places are checked before anything is started.
@@ -264,7 +265,8 @@ impl Run {
         let mut output: Option<Outlet> = None;
         let mut first = true;
         let mut restarts = Restarts::default();
-        resize::on_signal(disks.iter().map(|attached| Arc::clone(&attached.disk)).collect())?;
+        let looked_at = disks.iter().map(|attached| Arc::clone(&attached.disk)).collect();
+        resize::on_signal(resizes, looked_at)?;
         loop {
             if console.end_wanted() {
                 bail!(if first { "stopped before the guest started" } else { NOT_AGAIN });
