@@ -144,6 +144,13 @@ pub(super) struct Effect {
     pub wait: bool,
 }
 
+impl Effect {
+    /// What both ask. Only the first of two changes finds the worker asleep, so neither may be forgotten.
+    fn and(self, other: Self) -> Self {
+        Self { wake: self.wake | other.wake, wait: self.wait | other.wait }
+    }
+}
+
 /// See the module's documentation.
 #[derive(Clone, Debug)]
 pub(super) struct Registers {
@@ -417,7 +424,7 @@ impl Registers {
                 self.set(|settings| settings.control = value);
                 effect = self.follow_loop(looped);
                 match (was, self.receives()) {
-                    (true, false) => effect = self.halt(),
+                    (true, false) => effect = effect.and(self.halt()),
                     (false, true) => effect.wake |= self.change(),
                     _ => {}
                 }
@@ -523,5 +530,25 @@ impl Registers {
 fn put(table: &mut [u32], offset: u32, value: u32) {
     if let Some(place) = table.get_mut(offset as usize / 4) {
         *place = value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An access may end several things at once. If the worker slept, it has to be woken, or the access
+    /// would wait for whatever happens to wake it.
+    #[test]
+    fn whoever_waits_for_a_worker_that_sleeps_has_it_woken() {
+        let control = rctl::EN | rctl::LBM;
+        for (first, then) in [(control, 0), (control, rctl::EN), (rctl::EN, 0)] {
+            let mut registers = Registers::new(MacAddr([2, 0, 0, 0, 0, 1]), true);
+            registers.write(reg::RCTL, first, 0);
+            let changes = registers.changes;
+            assert!(registers.sleep(changes, u64::MAX));
+            let effect = registers.write(reg::RCTL, then, 0);
+            assert_eq!(effect, Effect { wake: true, wait: true }, "{first:#x}, then {then:#x}");
+        }
     }
 }
